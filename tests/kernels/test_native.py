@@ -1,0 +1,44 @@
+"""What the extension says about itself, and the C++ test runner."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from biomedgpt_edge import _native
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_paths_are_best_first_and_supported() -> None:
+    paths = _native.splice_paths()
+    cpu = _native.cpu_features()
+    assert paths[-1] == "portable"
+    assert ("avx2" in paths) == (cpu["avx2"] and cpu["fma"] and cpu["f16c"])
+
+
+def test_cuda_questions_never_raise() -> None:
+    assert _native.cuda_compiled() in (True, False)
+    assert _native.cuda_device_count() >= 0
+
+
+def test_version_is_the_one_in_pyproject() -> None:
+    assert f'\nversion = "{_native.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_cpp_runner_passes(tmp_path: Path) -> None:
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    options = ["-DBIOMEDGPT_BUILD_PYTHON=OFF", "-DBIOMEDGPT_BUILD_TESTS=ON", "-DBIOMEDGPT_CUDA=OFF"]
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options],
+        ["cmake", "--build", str(tmp_path)],
+        [str(tmp_path / "kernel_tests")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "warning:" not in done.stdout + done.stderr
