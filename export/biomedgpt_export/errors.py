@@ -1,0 +1,58 @@
+"""Typed errors of the export toolchain; they extend the runtime's tree, so one ``except`` catches both."""
+
+from __future__ import annotations
+
+from biomedgpt_edge.errors import BioMedGPTError
+
+
+class ExportError(BioMedGPTError):
+    """An export cannot start or finish."""
+
+    code = "export"
+    exit_code = 6
+
+
+class CheckpointError(ExportError):
+    """A checkpoint file is missing, truncated, malformed or of an unsupported format."""
+
+    code = "export.checkpoint"
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickle names something other than the rebuilding of tensors; nothing in it was executed."""
+
+    code = "export.checkpoint.unsafe"
+
+
+class KeyMismatchError(CheckpointError):
+    """Tensors are missing, unexpected or misshapen; ``problems`` lists all of them."""
+
+    code = "export.checkpoint.keys"
+
+    def __init__(self, message: str, problems: list[str], *, remedy: str = "") -> None:
+        super().__init__(message, seen=problems, remedy=remedy)
+        self.problems = problems
+
+
+class ModelConfigError(ExportError):
+    """A model's ``config.json`` lacks a field or asks for something the graphs cannot express."""
+
+    code = "export.config"
+
+
+class ParityError(ExportError):
+    """The exported graph differs from the source module by more than the tolerance."""
+
+    code = "export.parity"
+
+
+class OutputExistsError(ExportError):
+    """The output path is already taken."""
+
+    code = "export.output_exists"
+
+
+class TrainingDataError(ExportError):
+    """Training data is missing or not what the trainer expects."""
+
+    code = "export.training_data"
