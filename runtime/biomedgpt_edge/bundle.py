@@ -1,0 +1,236 @@
+"""Open, verify and memory-map a bundle.
+
+Opening executes nothing, follows nothing out of the folder and allocates nothing that has not been declared and
+checked: manifest, every path, every size, every header and every offset. Hashes are checked by :meth:`Bundle.verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
+from .onnx_header import external_tensors
+from .splice import EmbeddingTable, Projection
+from .tensor_file import map_tensors
+from .tokenizer import Tokenizer
+
+_CHUNK = 2**22
+_RE_EXPORT = "Export or copy the bundle again."
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its checked manifest and its folder.
+
+    Attributes:
+        path: the folder.
+        manifest: what it says about itself.
+        digest: SHA-256 of the manifest, which holds every other file's hash; the bundle's identity.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Opens the bundle in folder ``path`` and checks everything but hashes.
+
+        Raises:
+            BundleNotFoundError: no such folder, no manifest, or a listed file is missing.
+            ManifestError, BundleVersionError: see :func:`parse_manifest`.
+            UnsafePathError: a listed path leaves the folder or goes through a link.
+            BundleCorruptError: a size, header or offset contradicts the manifest.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            what = "is a file, not a folder" if root.exists() else "does not exist"
+            raise BundleNotFoundError(
+                f"the bundle {root} {what}.", seen=str(root), remedy="Give the folder that holds manifest.json."
+            )
+        text = _manifest_bytes(root)
+        manifest = parse_manifest(_utf8(text))
+        bundle = cls(root, manifest, hashlib.sha256(text).hexdigest())
+        bundle._check_files()
+        bundle._check_graphs()
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists."""
+        if name not in self._entries:
+            raise ManifestError(f"the manifest uses '{name}' but does not list it.", seen=name, remedy=_RE_EXPORT)
+        return self.path / name
+
+    def verify(self, report: Callable[[FileEntry, bool], None] | None = None) -> None:
+        """Compares every file's SHA-256 with the manifest.
+
+        Raises:
+            BundleCorruptError: names every file that differs.
+        """
+        bad = []
+        for entry in self.manifest.files:
+            good = _sha256(self.path / entry.path) == entry.sha256
+            if report is not None:
+                report(entry, good)
+            if not good:
+                bad.append(entry.path)
+        if bad:
+            raise BundleCorruptError(
+                f"the contents of {', '.join(bad)} differ from the manifest (SHA-256).", seen=bad, remedy=_RE_EXPORT
+            )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.file(self.manifest.tensors.tokenizer))
+
+    @cached_property
+    def embeddings(self) -> EmbeddingTable:
+        """The token embedding table, memory-mapped, one row per vocabulary entry."""
+        tensors = map_tensors(self.file(self.manifest.tensors.embeddings))
+        decoder = self.manifest.decoder
+        weight = _tensor(tensors, "weight", (decoder.vocabulary, decoder.hidden_size), ("f4", "f2", "i1"))
+        scales = _tensor(tensors, "scale", (decoder.vocabulary,), ("f4",)) if weight.dtype.kind == "i" else None
+        return EmbeddingTable(weight, scales)
+
+    @cached_property
+    def molecule_projection(self) -> Projection | None:
+        """Molecule encoder width -> hidden size; None in a bundle without molecules."""
+        spec = self.manifest.molecule_encoder
+        return None if spec is None else self._projection("molecule", spec.width, None)
+
+    @cached_property
+    def protein_projection(self) -> Projection | None:
+        """Protein encoder width -> hidden size, the final LayerNorm folded in; None in a bundle without proteins."""
+        spec = self.manifest.protein_encoder
+        return None if spec is None else self._projection("protein", spec.width, spec.norm_eps)
+
+    def _projection(self, name: str, width: int, norm_eps: float | None) -> Projection:
+        hidden = self.manifest.decoder.hidden_size
+        weight = _tensor(self._projections, f"{name}.weight", (hidden, width), ("f4", "f2"))
+        bias = _tensor(self._projections, f"{name}.bias", (hidden,), ("f4",))
+        return Projection(weight, bias, norm_eps)
+
+    @cached_property
+    def _projections(self) -> dict[str, npt.NDArray[Any]]:
+        return map_tensors(self.file(self.manifest.tensors.projections))
+
+    @cached_property
+    def _entries(self) -> Mapping[str, FileEntry]:
+        return {entry.path: entry for entry in self.manifest.files}
+
+    def _check_files(self) -> None:
+        if len(self._entries) != len(self.manifest.files):
+            raise ManifestError("the manifest lists a file twice.", remedy=_RE_EXPORT)
+        for entry in self.manifest.files:
+            size = _regular_file_size(self.path, entry.path)
+            if size != entry.size:
+                where = f"it ends at byte {size:,}" if size < entry.size else "it is longer"
+                raise BundleCorruptError(
+                    f"{entry.path} has {size:,} bytes, but the manifest says {entry.size:,}: {where}.",
+                    seen=size,
+                    limit=entry.size,
+                    remedy=_RE_EXPORT,
+                )
+
+    def _check_graphs(self) -> None:
+        """Every external tensor lies inside a listed file."""
+        specs = (self.manifest.decoder, self.manifest.molecule_encoder, self.manifest.protein_encoder)
+        for graph in [spec.graph for spec in specs if spec is not None]:
+            for tensor in external_tensors(self.file(graph)):
+                # Locations are relative to the graph's own folder.
+                location = str(PurePosixPath(graph).parent / tensor.location)
+                entry = self._entries.get(location)
+                if entry is None:
+                    raise UnsafePathError(
+                        f"{graph} refers to '{tensor.location[:80]}', which the manifest does not list.",
+                        seen=tensor.location[:80],
+                        remedy=_RE_EXPORT,
+                    )
+                length = entry.size - tensor.offset if tensor.length is None else tensor.length
+                if tensor.offset < 0 or length < 0 or tensor.offset + length > entry.size:
+                    raise BundleCorruptError(
+                        f"{graph} places tensor '{tensor.name[:80]}' at bytes {tensor.offset:,} to "
+                        f"{tensor.offset + length:,} of {location}, which has {entry.size:,}.",
+                        remedy=_RE_EXPORT,
+                    )
+
+
+def _manifest_bytes(root: Path) -> bytes:
+    try:
+        size = _regular_file_size(root, MANIFEST_NAME)
+    except BundleNotFoundError as error:
+        raise BundleNotFoundError(
+            f"{root} holds no {MANIFEST_NAME}, so it is not a bundle.",
+            seen=str(root),
+            remedy="An interrupted export or copy leaves none; export or copy the bundle again.",
+        ) from error
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{MANIFEST_NAME} has {size:,} bytes.", seen=size, limit=MAX_MANIFEST_BYTES)
+    return (root / MANIFEST_NAME).read_bytes()
+
+
+def _utf8(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{MANIFEST_NAME} is not UTF-8 at byte {error.start}.", remedy=_RE_EXPORT) from error
+
+
+def _regular_file_size(root: Path, name: str) -> int:
+    """Size of a regular file below ``root`` that is reached without leaving it and without links."""
+    parts = PurePosixPath(name).parts
+    plain = name == "/".join(parts) and "\\" not in name and not PureWindowsPath(name).drive and "\0" not in name
+    if not parts or not plain or name.startswith("/") or ".." in parts:
+        raise UnsafePathError(f"the manifest lists the path {name[:80]!r}.", seen=name[:80], remedy=_RE_EXPORT)
+    current = root
+    for part in parts:
+        current = current / part
+        try:
+            mode = current.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise BundleNotFoundError(
+                f"{name} is missing from the bundle {root}.", seen=name, remedy=_RE_EXPORT
+            ) from error
+        except OSError as error:
+            raise BundleError(f"{name[:80]!r} in {root} cannot be read: {error.strerror}.", seen=name[:80]) from error
+        if stat.S_ISLNK(mode):
+            raise UnsafePathError(
+                f"{name} in the bundle {root} is reached through a link.", seen=name, remedy="Copy the file itself."
+            )
+    if not stat.S_ISREG(mode):
+        raise UnsafePathError(f"{name} in the bundle {root} is not a regular file.", seen=name, remedy=_RE_EXPORT)
+    return current.lstat().st_size
+
+
+def _tensor(
+    tensors: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> npt.NDArray[Any]:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise BundleCorruptError(f"the bundle has no tensor '{name}'.", seen=name, remedy=_RE_EXPORT)
+    if tensor.shape != shape or tensor.dtype not in [np.dtype(d) for d in dtypes]:
+        raise BundleCorruptError(
+            f"tensor '{name}' is {tensor.dtype}{list(tensor.shape)}; the manifest wants "
+            f"{list(shape)} of {', '.join(str(np.dtype(d)) for d in dtypes)}.",
+            seen=str(list(tensor.shape)),
+            remedy=_RE_EXPORT,
+        )
+    return tensor
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

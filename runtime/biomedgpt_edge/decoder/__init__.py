@@ -1,0 +1,1 @@
+"""Decoders: one protocol, one implementation per engine."""

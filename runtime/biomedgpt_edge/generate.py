@@ -1,0 +1,148 @@
+"""The decode loop, and the text that comes out of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .decoder.base import Decoder, Embeddings
+from .sampling import GenerationOptions, Sampler
+from .tokenizer import Tokenizer
+
+Finish = Literal["eos", "length", "stop"]
+
+
+@dataclass
+class Timings:
+    """Seconds spent on one answer, by stage.
+
+    Attributes:
+        featurize: parsing and featurizing the inputs; done when they were made, so not part of ``ttft``.
+        encode: molecule and protein encoders (near zero if their features were kept).
+        splice: building the prompt's embeddings.
+        prefill: the prompt through the decoder.
+        decode: all steps after it.
+        ttft: time to first token, from the call to the first token.
+        prompt_tokens: positions of the prompt, soft tokens included.
+        new_tokens: tokens of the answer.
+        steps: decoder steps behind ``decode``.
+    """
+
+    featurize: float = 0.0
+    encode: float = 0.0
+    splice: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    ttft: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first, in seconds; None if there was only one."""
+        return self.decode / self.steps if self.steps else None
+
+
+@dataclass
+class Generation:
+    """What :func:`generate` fills in while it runs."""
+
+    timings: Timings
+    token_ids: list[int] = field(default_factory=list)
+    finish: Finish = "length"
+
+
+def generate(
+    decoder: Decoder,
+    embeddings: Embeddings,
+    options: GenerationOptions,
+    tokenizer: Tokenizer,
+    started: float,
+    result: Generation,
+) -> Iterator[int]:
+    """Yields the tokens of one answer, without EOS; closing the iterator frees the decoder's state.
+
+    Args:
+        embeddings: the prompt, float32 ``[T, hidden]``.
+        started: ``time.perf_counter()`` at the call that asked for the answer.
+        result: receives tokens, timings and the reason for the end.
+    """
+    sampler = Sampler(options, len(tokenizer))
+    timings = result.timings
+    with decoder.open(len(embeddings) + options.max_new_tokens) as state:
+        clock = time.perf_counter()
+        logits = state.prefill(embeddings)
+        timings.prefill = time.perf_counter() - clock
+        for index in range(options.max_new_tokens):
+            token = sampler.choose(logits)
+            if index == 0:
+                timings.ttft = time.perf_counter() - started
+            if token == tokenizer.eos_id:
+                result.finish = "eos"
+                return
+            result.token_ids.append(token)
+            timings.new_tokens += 1
+            yield token
+            if index + 1 < options.max_new_tokens:
+                clock = time.perf_counter()
+                logits = state.step(token)
+                timings.decode += time.perf_counter() - clock
+                timings.steps += 1
+
+
+class AnswerText:
+    """Turns tokens into the text of the answer: no white space around it, cut before a stop text.
+
+    Text that may still turn out to be trailing white space or the beginning of a stop text is held back, so what has
+    been given out never has to be taken back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._decoder = tokenizer.stream()
+        self._stop = stop
+        self._held = ""
+        self._started = False
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that can be given out after ``token``."""
+        return self._release(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """What is left at the end, without trailing white space."""
+        released = self._release(self._decoder.flush())
+        rest = "" if self.stopped else self._held.rstrip()
+        self._held = ""
+        return released + rest
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        if not self._started:
+            self._held = self._held.lstrip()
+        found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = self._held[: min(found)].rstrip(), ""
+        else:
+            keep = max(self._unfinished_stop(), len(self._held) - len(self._held.rstrip()))
+            cut = len(self._held) - keep
+            # White space in front of a possible stop text may become trailing white space too.
+            cut = len(self._held[:cut].rstrip())
+            released, self._held = self._held[:cut], self._held[cut:]
+        self._started = self._started or bool(released)
+        return released
+
+    def _unfinished_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop text."""
+        longest = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest

@@ -1,0 +1,234 @@
+"""The manifest's types: what a bundle says about itself, read strictly and written by the exporter.
+
+Numbers are annotated with their bounds, so that no size of a hostile manifest reaches an allocation unchecked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from .errors import BundleVersionError, ManifestError
+from .prompt import PromptTemplate
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA = "biomedgpt-edge/bundle"
+SCHEMA_VERSION = 1
+MAX_MANIFEST_BYTES = 4 * 2**20
+_RE_EXPORT = "Export or copy the bundle again."
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both included."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle; ``path`` is relative, with forward slashes."""
+
+    path: str
+    size: Annotated[int, Range(0, 2**48)]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Llama-shaped decoder; ``vocabulary`` counts the rows of the logits, ``context`` the positions it may use."""
+
+    graph: str
+    layers: Annotated[int, Range(1, 1024)]
+    hidden_size: Annotated[int, Range(1, 2**17)]
+    intermediate_size: Annotated[int, Range(1, 2**20)]
+    heads: Annotated[int, Range(1, 4096)]
+    kv_heads: Annotated[int, Range(1, 4096)]
+    head_size: Annotated[int, Range(1, 4096)]
+    vocabulary: Annotated[int, Range(1, 2**24)]
+    context: Annotated[int, Range(1, 2**20)]
+    rope_base: Annotated[float, Range(1.0, 1e12)]
+    norm_eps: Annotated[float, Range(0.0, 1.0)]
+    attention_bias: bool = False
+
+
+@dataclass(frozen=True)
+class MoleculeEncoderSpec:
+    """Dense-form GIN."""
+
+    graph: str
+    layers: Annotated[int, Range(1, 1024)]
+    width: Annotated[int, Range(1, 2**17)]
+
+
+@dataclass(frozen=True)
+class ProteinEncoderSpec:
+    """ESM-2 without its final LayerNorm, which is folded into the projection; ``norm_eps`` is that norm's."""
+
+    graph: str
+    layers: Annotated[int, Range(1, 1024)]
+    width: Annotated[int, Range(1, 2**17)]
+    heads: Annotated[int, Range(1, 4096)]
+    intermediate_size: Annotated[int, Range(1, 2**20)]
+    norm_eps: Annotated[float, Range(0.0, 1.0)]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Where the tensors outside the graphs lie.
+
+    ``embeddings`` holds ``weight`` (fp32, fp16, or int8 with ``scale`` per row); ``projections`` holds
+    ``molecule.weight``, ``molecule.bias``, ``protein.weight``, ``protein.bias``.
+    """
+
+    embeddings: str
+    projections: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Under which terms the model may be used; shown before the first interactive use."""
+
+    licence: str
+    use_policy: str
+    notice: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime must know about a bundle; nothing of it is hard-coded anywhere else.
+
+    ``precision`` is fp32, fp16 or int4; ``quantization`` and ``parity`` are the exporter's record of what it did and
+    measured, for people and tools, not read by the runtime. ``sources`` are the files it was made from.
+    """
+
+    family: str
+    name: str
+    precision: str
+    decoder: DecoderSpec
+    tensors: TensorFiles
+    prompt: PromptTemplate
+    policy: Policy
+    files: tuple[FileEntry, ...]
+    sources: tuple[FileEntry, ...]
+    quantization: dict[str, Any]
+    parity: dict[str, Any]
+    about: dict[str, Any]
+    molecule_encoder: MoleculeEncoderSpec | None = None
+    protein_encoder: ProteinEncoderSpec | None = None
+
+    def to_json(self) -> str:
+        """Canonical text: the same manifest always gives the same bytes."""
+        fields = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Reads a manifest strictly: unknown, missing, mistyped and out-of-range fields are all errors.
+
+    Raises:
+        ManifestError: not JSON, not a manifest, or a wrong field (named by its path).
+        BundleVersionError: written for a newer or older schema.
+    """
+    try:
+        raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ManifestError(f"{MANIFEST_NAME} is not JSON: {error}.", remedy=_RE_EXPORT) from error
+    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        raise ManifestError(
+            f"{MANIFEST_NAME} is not a biomedgpt-edge manifest: its 'schema' is not {SCHEMA!r}.",
+            remedy="Check that this folder is a bundle.",
+        )
+    version = raw.get("schema_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ManifestError(f"'schema_version' of {MANIFEST_NAME} is not a positive number.", remedy=_RE_EXPORT)
+    if version != SCHEMA_VERSION:
+        raise BundleVersionError(
+            f"the bundle has schema version {version}, and this biomedgpt-edge reads version {SCHEMA_VERSION}.",
+            seen=version,
+            limit=SCHEMA_VERSION,
+            remedy="Update biomedgpt-edge." if version > SCHEMA_VERSION else "Export the bundle again.",
+        )
+    body = {key: value for key, value in raw.items() if key not in ("schema", "schema_version")}
+    manifest: Manifest = _read(Manifest, body, "manifest")
+    return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) != len(pairs):
+        raise ManifestError(f"{MANIFEST_NAME} names a field twice.", remedy=_RE_EXPORT)
+    return seen
+
+
+def _no_constant(name: str) -> Any:
+    raise ManifestError(f"{MANIFEST_NAME} holds the number {name}.", remedy=_RE_EXPORT)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as ``kind``: a dataclass, a scalar, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]`` or ``dict``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _read_number(arguments[0], arguments[1], value, where)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _read(arguments[0], value, where)
+    if origin is tuple:
+        return _read_tuple(arguments, value, where)
+    if origin is dict:
+        return _scalar(dict, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    return _scalar(kind, value, where)
+
+
+def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    _scalar(list, value, where)
+    if arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(value) != len(arguments):
+        raise _wrong(where, f"a list of {len(arguments)}", value)
+    return tuple(
+        _read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+    _scalar(dict, value, where)
+    hints = typing.get_type_hints(kind, include_extras=True)
+    missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
+    if missing or unknown:
+        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+        raise ManifestError(f"'{where}' of {MANIFEST_NAME} {' and '.join(parts)}.", remedy=_RE_EXPORT)
+    return kind(**{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _read_number(kind: Any, bounds: Range, value: Any, where: str) -> Any:
+    number = _scalar(kind, value, where)
+    if not bounds.low <= number <= bounds.high:
+        raise ManifestError(
+            f"'{where}' of {MANIFEST_NAME} is {number}.",
+            seen=number,
+            limit=f"{bounds.low} to {bounds.high}",
+            remedy=f"It must lie between {bounds.low} and {bounds.high}. {_RE_EXPORT}",
+        )
+    return number
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise _wrong(where, f"of type {kind.__name__}", value)
+    return value
+
+
+def _wrong(where: str, expected: str, value: Any) -> ManifestError:
+    return ManifestError(
+        f"'{where}' of {MANIFEST_NAME} should be {expected}, and is {str(value)[:60]!r}.", remedy=_RE_EXPORT
+    )

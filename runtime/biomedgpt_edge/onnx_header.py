@@ -1,0 +1,128 @@
+"""Which external data an ONNX file refers to, read from its protobuf encoding without the onnx package.
+
+ONNX Runtime resolves external data by the path in the file; a hostile graph could name any path, or an address in
+memory. So every reference is checked against the manifest before a session is opened. Format: onnx.proto (ONNX 1.23)
+over the protobuf wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BundleCorruptError
+
+# A graph file holds no weights, only nodes and references.
+MAX_GRAPH_BYTES = 64 * 2**20
+_MAX_DEPTH = 32
+
+# message -> field number -> message it holds; fields that can hold no tensor are skipped.
+_CHILDREN = {
+    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "TrainingInfo": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+}
+_NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 8, 13, 14, 1
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """A reference to bytes outside the graph file; ``length`` is None where the file leaves it out."""
+
+    name: str
+    location: str
+    offset: int
+    length: int | None
+
+
+def external_tensors(path: Path) -> list[ExternalTensor]:
+    """All external references of the graph at ``path``.
+
+    Raises:
+        BundleCorruptError: not a well-formed ONNX file, or larger than a graph without weights can be.
+    """
+    size = path.stat().st_size
+    if size > MAX_GRAPH_BYTES:
+        raise BundleCorruptError(
+            f"{path.name} has {size:,} bytes; a graph without weights has fewer than {MAX_GRAPH_BYTES:,}.",
+            seen=size, limit=MAX_GRAPH_BYTES, remedy="Export the bundle again.",
+        )  # fmt: skip
+    try:
+        return list(_tensors(memoryview(path.read_bytes()), "Model", 0))
+    except (_MalformedError, UnicodeDecodeError, ValueError) as error:
+        raise BundleCorruptError(
+            f"{path.name} is not an ONNX graph: {error}.", remedy="Export or copy the bundle again."
+        ) from error
+
+
+class _MalformedError(Exception):
+    """The bytes are no protobuf message."""
+
+
+def _tensors(data: memoryview, message: str, depth: int) -> Iterator[ExternalTensor]:
+    if depth > _MAX_DEPTH:
+        raise _MalformedError(f"messages are nested more than {_MAX_DEPTH} deep")
+    if message == "Tensor":
+        yield from _reference(data)
+        return
+    children = _CHILDREN[message]
+    for number, value in _fields(data):
+        child = children.get(number)
+        if child is not None and isinstance(value, memoryview):
+            yield from _tensors(value, child, depth + 1)
+
+
+def _reference(data: memoryview) -> Iterator[ExternalTensor]:
+    name, entries, external = "", {}, False
+    for number, value in _fields(data):
+        if number == _NAME and isinstance(value, memoryview):
+            name = bytes(value).decode("utf-8")
+        elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
+            pair = {n: bytes(v).decode("utf-8") for n, v in _fields(value) if isinstance(v, memoryview)}
+            entries[pair.get(1, "")] = pair.get(2, "")
+        elif number == _DATA_LOCATION:
+            external = value == _EXTERNAL
+    if external or entries:
+        length = int(entries["length"]) if "length" in entries else None
+        yield ExternalTensor(name, entries.get("location", ""), int(entries.get("offset", "0")), length)
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Field number and value of each field: an int, or the bytes of a length-delimited one."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+            yield number, value
+            continue
+        if wire == 2:
+            size, position = _varint(data, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise _MalformedError(f"unknown wire type {wire} at byte {position}")
+        if position + size > len(data):
+            raise _MalformedError(f"a field of {size:,} bytes at byte {position} passes the end")
+        if wire == 2:
+            yield number, data[position : position + size]
+        position += size
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < len(data) and shift < 64:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise _MalformedError(f"a number at byte {position} does not end")

@@ -1,0 +1,58 @@
+"""ONNX Runtime sessions over a bundle's graphs, with its failures turned into typed errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from .errors import BundleCorruptError
+
+_LOG_FATAL_AND_ERRORS = 3
+SESSION_ERRORS = (
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoSuchFile,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+)
+
+# name -> element type and dimensions; None stands for a dimension that varies.
+Signature = Mapping[str, tuple[str, Sequence[int | None]]]
+
+
+def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signature) -> ort.InferenceSession:
+    """Opens the graph at ``path`` on the CPU and compares its signature with what the manifest implies.
+
+    Raises:
+        BundleCorruptError: ONNX Runtime refuses the graph, or its inputs or outputs are not the expected ones.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _LOG_FATAL_AND_ERRORS
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except SESSION_ERRORS as error:
+        raise BundleCorruptError(
+            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}.",
+            remedy="Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onnxruntime.",
+        ) from error
+    for kind, expected, found in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", outputs, session.get_outputs()),
+    ):
+        given = {node.name: (node.type, [d if isinstance(d, int) else None for d in node.shape]) for node in found}
+        wanted = {name: (element, list(shape)) for name, (element, shape) in expected.items()}
+        if given != wanted:
+            wrong = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
+            raise BundleCorruptError(
+                f"the {kind} {', '.join(wrong[:4])} of {path.name} are not what the manifest implies.",
+                seen=wrong[:4],
+                remedy="Export the bundle again.",
+            )
+    return session

@@ -1,0 +1,128 @@
+"""Logits -> token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BioMedGPTError, OptionError
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class OptionArguments(TypedDict, total=False):
+    """The fields of :class:`GenerationOptions` as keyword arguments."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is generated; the default is greedy.
+
+    Attributes:
+        max_new_tokens: at most this many tokens.
+        temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
+        top_k: draw among the k likeliest tokens; 0 keeps all.
+        top_p: draw among the likeliest tokens whose probabilities reach p; 1 keeps all.
+        repetition_penalty: divides (or multiplies, if negative) the logit of every token already generated (CTRL,
+            Keskar et al. 2019); 1 is none. The prompt does not count.
+        seed: of the draw; the same seed and machine give the same answer. None takes a fresh one.
+        stop: texts that end the answer; they are not part of it.
+
+    Raises:
+        OptionError: a value outside its range.
+    """
+
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens, int, 1, 2**20)
+        _check("temperature", self.temperature, float, 0.0, 100.0)
+        _check("top_k", self.top_k, int, 0, 2**24)
+        _check("top_p", self.top_p, float, 0.0, 1.0, above=True)
+        _check("repetition_penalty", self.repetition_penalty, float, 0.0, 100.0, above=True)
+        if self.seed is not None:
+            _check("seed", self.seed, int, 0, 2**64 - 1)
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise OptionError("stop must be a tuple of non-empty texts.", seen=self.stop, remedy='Give ("###",).')
+
+
+class Sampler:
+    """Chooses tokens for one answer.
+
+    Args:
+        vocabulary: tokens that may be chosen; rows of the logits beyond it (``[PAD]``) are never.
+    """
+
+    def __init__(self, options: GenerationOptions, vocabulary: int) -> None:
+        self._options = options
+        self._vocabulary = vocabulary
+        self._random = np.random.default_rng(options.seed)
+        self._seen = np.zeros(vocabulary, bool)
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> int:
+        """The next token, from logits float32 ``[rows]``.
+
+        Raises:
+            BioMedGPTError: the logits hold NaN, which no token could answer for.
+        """
+        scores = self._penalized(logits[: self._vocabulary])
+        token = int(scores.argmax())
+        # NaN wins every argmax, so one look at the winner finds it.
+        if np.isnan(scores[token]):
+            raise BioMedGPTError(
+                "the model produced NaN logits.", remedy="Run 'biomedgpt-edge verify' on the bundle; export it again."
+            )
+        if self._options.temperature > 0:
+            token = self._draw(scores)
+        self._seen[token] = True
+        return token
+
+    def _penalized(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        penalty = self._options.repetition_penalty
+        if penalty == 1.0:
+            return scores
+        return np.where(self._seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+    def _draw(self, scores: npt.NDArray[np.float32]) -> int:
+        candidates = np.arange(len(scores))
+        if 0 < self._options.top_k < len(scores):
+            candidates = np.sort(np.argpartition(scores, -self._options.top_k)[-self._options.top_k :])
+        scaled = scores[candidates].astype(np.float64) / self._options.temperature
+        weights = np.exp(scaled - scaled.max())
+        probabilities = weights / weights.sum()
+        if self._options.top_p < 1.0:
+            order = np.argsort(-probabilities, kind="stable")
+            # The token that crosses p stays in, so at least one always does.
+            kept = order[: int(np.searchsorted(probabilities[order].cumsum(), self._options.top_p)) + 1]
+            candidates, probabilities = candidates[kept], probabilities[kept] / probabilities[kept].sum()
+        return int(self._random.choice(candidates, p=probabilities))
+
+
+def _check(name: str, value: object, kind: type, low: float, high: float, *, above: bool = False) -> None:
+    number = isinstance(value, (int, np.integer) if kind is int else (int, float, np.integer, np.floating))
+    inside = number and not isinstance(value, bool) and (low < value if above else low <= value) and value <= high  # type: ignore[operator]
+    if not inside:
+        low_text = f"above {low}" if above else f"at least {low}"
+        raise OptionError(
+            f"{name} is {str(value)[:40]!r}.",
+            seen=str(value)[:40],
+            limit=f"{low_text} and at most {high}",
+            remedy=f"Give {'a whole number' if kind is int else 'a number'}, {low_text} and at most {high}.",
+        )
