@@ -1,0 +1,77 @@
+"""A bundle is written into a staging folder and appears at its place at once, its manifest last.
+
+Nothing opens as a bundle before the last rename: the manifest carries another name until everything else is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from biomedgpt_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+from .errors import OutputExistsError
+
+_CHUNK = 2**22
+_STAGED_MANIFEST = f"{MANIFEST_NAME}.staged"
+
+
+class BundleWriter:
+    """The staging folder beside the output; a context manager that removes it unless :meth:`commit` was reached.
+
+    Raises:
+        OutputExistsError: the output path is taken; a bundle is never written over, a box may be running from it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        if out.exists() or out.is_symlink():
+            raise OutputExistsError(
+                f"{out} exists already.", seen=str(out), remedy="Give a new folder, or remove this one first."
+            )
+        self.out = out
+        self.staging = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+        self.staging.mkdir(parents=True)
+
+    def entries(self) -> tuple[FileEntry, ...]:
+        """Every staged file with its size and hash, sorted by path."""
+        return tuple(file_entry(path, path.name) for path in sorted(self.staging.iterdir()))
+
+    def commit(self, manifest: Manifest) -> None:
+        """Writes the manifest, brings everything to disk and moves the bundle to its place."""
+        (self.staging / _STAGED_MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        for path in [*self.staging.iterdir(), self.staging]:
+            _sync(path)
+        os.rename(self.staging, self.out)
+        os.rename(self.out / _STAGED_MANIFEST, self.out / MANIFEST_NAME)
+        _sync(self.out)
+        _sync(self.out.parent)
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.staging.exists():
+            shutil.rmtree(self.staging)
+
+
+def file_entry(path: Path, name: str) -> FileEntry:
+    """Size and SHA-256 of a file, under the name it shall be listed with."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return FileEntry(name, path.stat().st_size, digest.hexdigest())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

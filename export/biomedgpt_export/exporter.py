@@ -1,0 +1,251 @@
+"""Checkpoint in, bundle out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import torch
+
+from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.manifest import (
+    DecoderSpec,
+    FileEntry,
+    Manifest,
+    MoleculeEncoderSpec,
+    ProteinEncoderSpec,
+    TensorFiles,
+)
+
+from . import parity
+from .bundle_writer import BundleWriter, file_entry
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import CheckpointError, ExportError
+from .families import biomedgpt_10b as family
+from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, Layout
+from .graphs.builder import GraphBuilder
+from .graphs.decoder import build_decoder
+from .graphs.esm import build_esm
+from .graphs.gin import build_gin
+from .graphs.linear import Linears, Precision
+from .quantize.int4 import ZERO_POINT
+from .quantize.rtn import RoundToNearest
+
+DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"
+FILES = TensorFiles("embeddings.safetensors", "projections.safetensors", "tokenizer.model")
+POLICY_FILE = "POLICY.txt"
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how.
+
+    Attributes:
+        layout: where the parts of the checkpoint lie.
+        out: the bundle's folder; must not exist.
+        precision: of the linear layers of decoder and protein encoder.
+        name: what the bundle calls itself.
+        about: free-form facts about the model for its manifest (training data, scores, limits).
+        threads: processor threads for the parity runs.
+    """
+
+    layout: Layout
+    out: Path
+    precision: Precision = "int4"
+    name: str = "BioMedGPT-10B"
+    about: dict[str, Any] = field(default_factory=dict)
+    threads: int = 1
+
+
+def export_bundle(options: ExportOptions, report: Report) -> Manifest:
+    """Exports a bundle; it appears at ``options.out`` whole or not at all.
+
+    Raises:
+        ExportError: the checkpoint cannot be used, the output exists, or the parity tolerance was passed.
+    """
+    with BundleWriter(options.out) as writer, open_checkpoint(options.layout.fusion) as checkpoint:
+        configs = Configs.read(options.layout, checkpoint)
+        family.check_keys(configs, checkpoint)
+        export = _Export(options, configs, checkpoint, writer.staging, report)
+        export.write_tensors()
+        linears = export.write_graphs()
+        report("hashing the bundle and its sources")
+        manifest = export.manifest(linears, writer.entries())
+        staged = Bundle(writer.staging, manifest, digest="")
+        measured = parity.measure(staged, configs, export.weights, options.threads, report)
+        manifest = export.manifest(linears, manifest.files, measured)
+        writer.commit(manifest)
+    report(f"wrote {options.out}")
+    return manifest
+
+
+@dataclass
+class _Export:
+    options: ExportOptions
+    configs: Configs
+    checkpoint: Checkpoint
+    staging: Path
+    report: Report
+
+    def weights(self, key: str) -> torch.Tensor:
+        """One tensor of the checkpoint.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        tensor = self.checkpoint.tensor(key)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"tensor '{key}' holds NaN or infinity.", seen=key, remedy="Download or save the checkpoint again."
+            )
+        return tensor
+
+    def write_tensors(self) -> None:
+        """Embeddings, projections, tokenizer and policy."""
+        self.report("writing embeddings and projections")
+        dtype = torch.float32 if self.options.precision == "fp32" else torch.float16
+        table = self.weights(f"{LLM}model.embed_tokens.weight")
+        _save_tensors(self.staging / FILES.embeddings, {"weight": table.to(dtype)})
+        protein_weight, protein_bias = self._protein_projection()
+        _save_tensors(
+            self.staging / FILES.projections,
+            {
+                "molecule.weight": self.weights("proj_mol.weight").to(dtype),
+                "molecule.bias": self.weights("proj_mol.bias").float(),
+                "protein.weight": protein_weight.to(dtype),
+                "protein.bias": protein_bias,
+            },
+        )
+        (self.staging / FILES.tokenizer).write_bytes(self.options.layout.tokenizer.read_bytes())
+        policy = family.POLICY
+        (self.staging / POLICY_FILE).write_text(
+            f"Licence: {policy.licence}\nUse policy: {policy.use_policy}\n{policy.notice}\n", encoding="utf-8"
+        )
+
+    def write_graphs(self) -> dict[str, Linears]:
+        """The three graphs; returns how the linear layers of each were stored."""
+        precision = self.options.precision
+        quantizer = RoundToNearest() if precision == "int4" else None
+        # 300 and 600 columns gain nothing from groups, and the whole encoder is 4 MB: it stays fp16 in int4 bundles.
+        linears = {
+            MOLECULE_ENCODER: Linears("fp16" if precision == "int4" else precision),
+            PROTEIN_ENCODER: Linears(precision, quantizer),
+            DECODER: Linears(precision, quantizer),
+        }
+        self.report("molecule encoder")
+        self._build(MOLECULE_ENCODER, lambda graph: build_gin(
+            graph, self.configs.gin, self._under(MOLECULE), linears[MOLECULE_ENCODER]
+        ))  # fmt: skip
+        self._build(PROTEIN_ENCODER, lambda graph: build_esm(
+            graph, self.configs.esm, self._under(PROTEIN), linears[PROTEIN_ENCODER], self.report
+        ))  # fmt: skip
+        self._build(DECODER, lambda graph: build_decoder(
+            graph, self.configs.llama, self.configs.rows, self._under(LLM), linears[DECODER], self.report
+        ))  # fmt: skip
+        return linears
+
+    def manifest(
+        self, linears: dict[str, Linears], files: tuple[FileEntry, ...], measured: dict[str, Any] | None = None
+    ) -> Manifest:
+        """The manifest over the staged ``files``, with the parity report once it was measured."""
+        llama, esm, gin = self.configs.llama, self.configs.esm, self.configs.gin
+        return Manifest(
+            family=family.FAMILY,
+            name=self.options.name,
+            precision=self.options.precision,
+            decoder=DecoderSpec(
+                graph=DECODER,
+                layers=llama.layers,
+                hidden_size=llama.hidden_size,
+                intermediate_size=llama.intermediate_size,
+                heads=llama.heads,
+                kv_heads=llama.kv_heads,
+                head_size=llama.head_size,
+                vocabulary=self.configs.rows,
+                context=llama.context,
+                rope_base=llama.rope_base,
+                norm_eps=llama.norm_eps,
+                attention_bias=llama.attention_bias,
+            ),
+            molecule_encoder=MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
+            protein_encoder=ProteinEncoderSpec(
+                PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
+            ),
+            tensors=FILES,
+            prompt=family.PROMPT_TEMPLATE,
+            policy=family.POLICY,
+            files=files,
+            sources=self._sources(),
+            quantization={name: _recipe(used) for name, used in linears.items()},
+            parity=measured or {},
+            about=self.options.about,
+        )
+
+    def _sources(self) -> tuple[FileEntry, ...]:
+        paths = [*self.checkpoint.files, *self.options.layout.side_files]
+        if not hasattr(self, "_source_entries"):
+            self._source_entries = tuple(file_entry(path, f"{path.parent.name}/{path.name}") for path in paths)
+        return self._source_entries
+
+    def _protein_projection(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``proj_prot`` with the gain and shift of the encoder's final LayerNorm folded in."""
+        norm = f"{PROTEIN}encoder.emb_layer_norm_after"
+        weight, bias = self.weights("proj_prot.weight").double(), self.weights("proj_prot.bias").double()
+        gain, shift = self.weights(f"{norm}.weight").double(), self.weights(f"{norm}.bias").double()
+        return (weight * gain).float(), (bias + weight @ shift).float()
+
+    def _under(self, prefix: str) -> Callable[[str], torch.Tensor]:
+        return lambda name: self.weights(prefix + name)
+
+    def _build(self, name: str, build: Callable[[GraphBuilder], None]) -> None:
+        graph = GraphBuilder(self.staging / name)
+        try:
+            build(graph)
+            graph.save()
+        finally:
+            graph.close()
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Facts for the manifest from a JSON file.
+
+    Raises:
+        ExportError: not a JSON object.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}.", seen=str(path)) from error
+    if not isinstance(about, dict):
+        raise ExportError(f"{path} is not a JSON object.", seen=str(path))
+    return about
+
+
+def _recipe(linears: Linears) -> dict[str, Any]:
+    recipe: dict[str, Any] = {"precision": linears.precision}
+    if linears.quantizer is not None:
+        recipe |= {
+            "quantizer": linears.quantizer.name,
+            "symmetric": True,
+            "zero_point": ZERO_POINT,
+            "scales": "fp16",
+            "weights_by_group_size": {str(size): count for size, count in sorted(linears.group_sizes.items())},
+            "zero_padded": linears.padded,
+        }
+    return recipe
+
+
+def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    arrays: dict[str, npt.NDArray[Any]] = {
+        name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()
+    }
+    # Not save_file, which gives the file the private mode of its temporary one.
+    path.write_bytes(safetensors.numpy.save(arrays))

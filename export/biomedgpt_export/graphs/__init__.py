@@ -1,0 +1,1 @@
+"""The model's parts as ONNX graphs, built node by node from configurations and weights."""

@@ -1,0 +1,106 @@
+"""A thin layer over onnx.helper: nodes by name, and weights streamed to one external data file.
+
+Weights are written when they are added and not kept, so a graph of any size needs the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+CONTRIB = "com.microsoft"
+OPSET = 20
+CONTRIB_OPSET = 1
+# Opset 20 needs IR version 9; newer IR versions shut out older runtimes for nothing.
+IR_VERSION = 9
+
+# Tensors below this stay inside the graph file, which shape inference can then see.
+INLINE_BYTES = 1024
+# A page, so that a mapped tensor starts on one; small tensors only need a cache line.
+PAGE, LINE = 4096, 64
+
+
+class GraphBuilder:
+    """Builds one graph beside its external data file (``<stem>.onnx`` and ``<stem>.data``)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data_name = f"{path.stem}.data"
+        self._data = (path.parent / self._data_name).open("xb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: list[onnx.TensorProto] = []
+        self._names: set[str] = set()
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, kind: int, shape: Sequence[int | str]) -> None:
+        self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def node(
+        self, op: str, inputs: Sequence[str], name: str, *, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> str:
+        """Adds a node whose first output has its name; further outputs are called ``name:1``, ``name:2``, …"""
+        names = [name, *(f"{name}:{i}" for i in range(1, outputs))]
+        self._nodes.append(helper.make_node(op, list(inputs), names, name=name, domain=domain, **attributes))
+        return name
+
+    def rename_outputs(self, name: str, outputs: Sequence[str]) -> None:
+        """Gives the outputs of the last node names of their own; an empty name leaves one out."""
+        node = self._nodes[-1]
+        if node.name != name:
+            raise ValueError(f"{name} is not the last node")
+        del node.output[:]
+        node.output.extend(outputs)
+
+    def tensor(self, name: str, array: npt.NDArray[Any]) -> str:
+        """Adds a weight or constant; equal names mean equal tensors and are stored once."""
+        if name in self._names:
+            return name
+        self._names.add(name)
+        array = np.ascontiguousarray(array)
+        proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        if array.nbytes < INLINE_BYTES:
+            proto.raw_data = array.tobytes()
+        else:
+            self._write_external(proto, array)
+        self._initializers.append(proto)
+        return name
+
+    def save(self) -> None:
+        """Writes the graph file; the same nodes and weights always give the same bytes."""
+        self._data.close()
+        graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, self._initializers)
+        model = helper.make_model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="biomedgpt-export",
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)],
+        )
+        self.path.write_bytes(model.SerializeToString(deterministic=True))
+
+    def close(self) -> None:
+        """Releases the data file of a graph that will not be saved."""
+        self._data.close()
+
+    def _write_external(self, proto: onnx.TensorProto, array: npt.NDArray[Any]) -> None:
+        offset = self._data.tell()
+        padding = -offset % (PAGE if array.nbytes >= 16 * PAGE else LINE)
+        self._data.write(b"\0" * padding)
+        self._data.write(array.data)
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (
+            ("location", self._data_name),
+            ("offset", str(offset + padding)),
+            ("length", str(array.nbytes)),
+        ):
+            proto.external_data.add(key=key, value=value)

@@ -1,0 +1,44 @@
+"""Reads back what a graph file holds: the weights that an engine will compute with, not those that went in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from ..quantize.int4 import Int4Weight
+
+
+class StoredWeights:
+    """The tensors of a saved graph, by name."""
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path.parent
+        model = onnx.load(str(path), load_external_data=False)
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._int4 = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulNBits"}
+
+    def linear(self, name: str) -> torch.Tensor:
+        """The matrix of the linear layer ``name``, float32 ``[N, K]``, dequantized if need be."""
+        if f"{name}.weight" in self._tensors:
+            return torch.from_numpy(self._array(f"{name}.weight").T.astype(np.float32))
+        packed_name = f"{name}.weight_int4"
+        attributes = {a.name: a.i for a in self._int4[packed_name].attribute}
+        packed = torch.from_numpy(self._array(packed_name).copy())
+        scales = torch.from_numpy(self._array(f"{name}.scales").copy()).reshape(packed.shape[:2])
+        return Int4Weight(packed, scales, attributes["K"], attributes["block_size"]).dequantize()
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        tensor = self._tensors[name]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            inline: npt.NDArray[Any] = np.frombuffer(tensor.raw_data, dtype).reshape(tensor.dims)
+            return inline
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        path, offset = self._folder / place["location"], int(place["offset"])
+        mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
+        return mapped

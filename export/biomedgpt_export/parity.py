@@ -1,0 +1,286 @@
+"""Exported against source: the same questions through the graphs and through the source modules.
+
+Two things are measured. *Fidelity* asks whether the graphs compute what the source modules compute with the weights
+that are stored (dequantized, if need be), in float32; it has a tolerance, and an export beyond it does not finish.
+*Loss* is the difference that the stored precision itself makes, against the unquantized source and with the
+arithmetic that runs on a box; it is recorded, and judged on trained models only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from biomedgpt_edge import Molecule, Protein
+from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.decoder.onnx import OnnxDecoder
+from biomedgpt_edge.engine import Engine, PreparedPrompt
+from biomedgpt_edge.manifest import DecoderSpec, FileEntry
+from biomedgpt_edge.prompt import MoleculeSegment, TokenSegment
+from biomedgpt_edge.protein_tokens import residue_ids
+
+from .errors import ParityError
+from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
+from .graphs.linear import Precision
+from .graphs.stored import StoredWeights
+from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
+
+# Largest difference over the largest magnitude. Embeddings of fp16 bundles carry the rounding of projections and GIN.
+EMBEDDING_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int4": 5e-3}
+LOGITS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-4, "int4": 1e-3}
+
+# Aspirin, and initiation factor IF-1, which the authors' notebook asks about.
+_ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
+_IF1 = "MAKEDTLEFPGVVKELLPNATFRVELDNGHELIAVMAGKMRKNRIRVLAGDKVQVEMTPYDLSKGRINYRFK"
+_STEPS = 8
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The source modules with one set of weights."""
+
+    llama: SourceLlama
+    esm: SourceEsm
+    gin: SourceGin
+    weights: Weights
+
+    def embeddings(self, prompt: PreparedPrompt) -> Array:
+        """The prompt's embeddings as the reference builds them, float32 ``[T, hidden]``."""
+        table = self.weights(f"{LLM}model.embed_tokens.weight")
+        parts = []
+        for segment in prompt.segments:
+            if isinstance(segment, TokenSegment):
+                parts.append(table[torch.from_numpy(segment.ids)].float())
+            elif isinstance(segment, MoleculeSegment):
+                parts.append(self._project("proj_mol", self.gin.features(segment.molecule.graph)))
+            else:
+                ids = torch.from_numpy(residue_ids(segment.protein.sequence))
+                parts.append(self._project("proj_prot", self.esm.features(ids)))
+        return np.asarray(torch.cat(parts).numpy())
+
+    def logits(self, embeddings: Array) -> Array:
+        """Logits at every position, float32 ``[T, rows]``."""
+        return np.asarray(self.llama.logits(torch.from_numpy(embeddings)).numpy())
+
+    def _project(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights(f"{name}.weight").float(), self.weights(f"{name}.bias").float()
+        return torch.nn.functional.linear(features, weight, bias)
+
+
+def measure(
+    bundle: Bundle, configs: Configs, weights: Weights, threads: int, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """The parity report of a staged bundle, for its manifest.
+
+    Raises:
+        ParityError: fidelity beyond the tolerance, or a value that is not finite.
+    """
+    precision: Precision = bundle.manifest.precision  # type: ignore[assignment]
+    original = _source(configs, weights)
+    stored = original if precision == "fp32" else _source(configs, _stored_weights(bundle, configs, weights))
+    with _ExactArithmetic(bundle) as exact:
+        fidelity = _fidelity(exact, stored, threads, report)
+    _check(fidelity, precision)
+    result: dict[str, Any] = {
+        "fidelity": fidelity,
+        "tolerance": {"embeddings": EMBEDDING_TOLERANCE[precision], "logits": LOGITS_TOLERANCE[precision]},
+    }
+    if precision != "fp32":
+        result["loss"] = _loss(bundle, original, threads, report)
+    return result
+
+
+def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    engine = Engine(bundle, OnnxDecoder(bundle, threads=threads), threads=threads)
+    for name, prompt in _prompts(engine).items():
+        report(f"parity with the source modules: {name}")
+        exported = _exported_logits(bundle, prompt.embeddings, threads)
+        expected = source.logits(prompt.embeddings)
+        figures[name] = {
+            "embeddings": _difference(prompt.embeddings, source.embeddings(prompt)),
+            "logits": _difference(exported, expected),
+            "cached_logits": _difference(_stepped_logits(bundle, prompt, threads), expected[-_STEPS:]),
+        }
+    return figures
+
+
+def _loss(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    engine = Engine(bundle, OnnxDecoder(bundle, threads=threads), threads=threads)
+    for name, prompt in _prompts(engine).items():
+        report(f"loss against the unquantized source: {name}")
+        exported = _exported_logits(bundle, prompt.embeddings, threads)
+        expected = source.logits(source.embeddings(prompt))
+        figures[name] = {
+            "logits": _difference(exported, expected),
+            "mean_kl": _rounded(_mean_kl(expected, exported)),
+            "top1_agreement": _rounded(float((exported.argmax(1) == expected.argmax(1)).mean())),
+        }
+    return figures
+
+
+def _prompts(engine: Engine) -> dict[str, PreparedPrompt]:
+    return {
+        "molecule": engine.prepare("Please describe this molecule.", Molecule.from_smiles(_ASPIRIN)),
+        "protein": engine.prepare("What is the function of this protein?", Protein.from_sequence(_IF1)),
+        "text": engine.prepare("What is a protein?"),
+    }
+
+
+def _exported_logits(bundle: Bundle, embeddings: Array, threads: int) -> Array:
+    with OnnxDecoder(bundle, threads=threads).open(len(embeddings)) as state:
+        return state.logits(embeddings, np.arange(len(embeddings)))
+
+
+def _stepped_logits(bundle: Bundle, prompt: PreparedPrompt, threads: int) -> Array:
+    """The last positions again, through the KV cache: a prefill without them, then one step each."""
+    tokens = prompt.token_ids[-_STEPS:]
+    with OnnxDecoder(bundle, threads=threads).open(len(prompt)) as state:
+        state.prefill(prompt.embeddings[:-_STEPS])
+        return np.stack([state.step(int(token)).copy() for token in tokens])
+
+
+def _check(fidelity: dict[str, Any], precision: Precision) -> None:
+    limits = {"embeddings": EMBEDDING_TOLERANCE[precision]}
+    beyond = [
+        f"{quantity} of the {name} prompt differ by {value:.1e} (tolerance {limit:.0e})"
+        for name, figures in fidelity.items()
+        for quantity, value in figures.items()
+        for limit in [limits.get(quantity, LOGITS_TOLERANCE[precision])]
+        if not value <= limit
+    ]
+    if beyond:
+        raise ParityError(
+            f"the exported graphs do not compute what the source modules compute: {'; '.join(beyond)}.",
+            seen=beyond,
+            remedy="Nothing was written. Check the versions of torch, transformers and onnxruntime, and report this.",
+        )
+
+
+def _difference(exported: Array, expected: Array) -> float:
+    """Largest absolute difference over the largest magnitude of the source."""
+    if not (np.isfinite(exported).all() and np.isfinite(expected).all()):
+        return math.inf
+    return _rounded(float(np.abs(exported - expected).max() / np.abs(expected).max()))
+
+
+def _mean_kl(expected: Array, exported: Array) -> float:
+    """Mean over positions of KL(source || exported), in nats."""
+    log_p = torch.log_softmax(torch.from_numpy(expected).double(), -1)
+    log_q = torch.log_softmax(torch.from_numpy(exported).double(), -1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0))
+
+
+def _rounded(value: float) -> float:
+    """Two significant digits: enough to judge by, and stable where the last bits of a sum are not."""
+    return float(f"{value:.1e}")
+
+
+def _source(configs: Configs, weights: Weights) -> Source:
+    def under(prefix: str) -> Weights:
+        return lambda name: weights(prefix + name)
+
+    return Source(
+        SourceLlama(configs.llama, configs.rows, under(LLM)),
+        SourceEsm(configs.esm, under(PROTEIN)),
+        SourceGin(configs.gin, under(MOLECULE)),
+        weights,
+    )
+
+
+def _stored_weights(bundle: Bundle, configs: Configs, weights: Weights) -> Weights:
+    """``weights`` with every matrix of decoder and protein encoder replaced by what the bundle holds."""
+    manifest = bundle.manifest
+    decoder = StoredWeights(bundle.file(manifest.decoder.graph))
+    protein = StoredWeights(bundle.file(manifest.protein_encoder.graph)) if manifest.protein_encoder else None
+
+    def stored(key: str) -> torch.Tensor:
+        if key.startswith(LLM):
+            name = _decoder_linear(key.removeprefix(LLM), manifest.decoder)
+            return weights(key) if name is None else decoder.linear(name[0])[name[1]]
+        if key.startswith(PROTEIN) and protein is not None:
+            match = _ESM_LINEAR.fullmatch(key.removeprefix(PROTEIN))
+            return weights(key) if match is None else protein.linear(f"layers.{match[1]}.{_ESM_PARTS[match[2]]}")
+        return weights(key)
+
+    return stored
+
+
+_LLAMA_LINEAR = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight")
+_ESM_PARTS = {
+    **{f"attention.self.{part}": part for part in ("query", "key", "value")},
+    "attention.output.dense": "attention_output",
+    "intermediate.dense": "intermediate",
+    "output.dense": "output",
+}
+_ESM_LINEAR = re.compile(rf"encoder\.layer\.(\d+)\.({'|'.join(map(re.escape, _ESM_PARTS))})\.weight")
+
+
+def _decoder_linear(key: str, spec: DecoderSpec) -> tuple[str, slice] | None:
+    """The graph's linear layer, and the rows of it, that hold a matrix of the checkpoint."""
+    if key == "lm_head.weight":
+        return "lm_head", slice(None)
+    match = _LLAMA_LINEAR.fullmatch(key)
+    if match is None:
+        return None
+    layer, part = match.groups()
+    query, key_value = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    rows = {
+        "q_proj": slice(0, query),
+        "k_proj": slice(query, query + key_value),
+        "v_proj": slice(query + key_value, query + 2 * key_value),
+    }
+    if part in rows:
+        return f"layers.{layer}.qkv_proj", rows[part]
+    return f"layers.{layer}.{part}", slice(None)
+
+
+class _ExactArithmetic:
+    """A view of the bundle whose int4 layers compute in float32 instead of quantizing activations to int8.
+
+    It lives in copies of the graph files beside the originals, since that is where their weights are found.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._copies: list[Path] = []
+
+    def __enter__(self) -> Bundle:
+        manifest = self._bundle.manifest
+        entries = list(manifest.files)
+        specs: dict[str, Any] = {}
+        for field in ("decoder", "protein_encoder"):
+            spec = getattr(manifest, field)
+            if spec is not None:
+                copy = self._copy(self._bundle.file(spec.graph))
+                entries.append(FileEntry(copy.name, copy.stat().st_size, ""))
+                specs[field] = dataclasses.replace(spec, graph=copy.name)
+        exact = dataclasses.replace(manifest, files=tuple(entries), **specs)
+        return dataclasses.replace(self._bundle, manifest=exact)
+
+    def __exit__(self, *exception: object) -> None:
+        for copy in self._copies:
+            copy.unlink()
+
+    def _copy(self, graph: Path) -> Path:
+        model = onnx.load(str(graph), load_external_data=False)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 1  # float32
+        copy = graph.with_name(f"{graph.stem}.exact.onnx")
+        copy.write_bytes(model.SerializeToString())
+        self._copies.append(copy)
+        return copy

@@ -1,0 +1,68 @@
+"""Symmetric int4 weights in groups along the input width, and the layout in which a bundle stores them.
+
+Layout (that of ONNX Runtime's ``com.microsoft.MatMulNBits``): ``packed`` uint8 ``[N, groups, group_size / 2]``, two
+neighbouring columns per byte, the even one in the low nibble; a nibble holds value + 8. ``scales`` float16
+``[N, groups]``. Columns beyond the width, where no group size divides it, hold zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+GROUP_SIZES = (128, 64, 32)
+ZERO_POINT = 8
+QMIN, QMAX = -8, 7
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """One quantized matrix ``[N, K]``.
+
+    Attributes:
+        packed: uint8 ``[N, groups, group_size / 2]``.
+        scales: float16 ``[N, groups]``.
+        columns: K before padding.
+        group_size: columns that share a scale.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    columns: int
+    group_size: int
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 ``[N, K]``: the reference unpacker of the layout above."""
+        low, high = self.packed & 0xF, self.packed >> 4
+        values = torch.stack([low, high], dim=-1).flatten(-2).float() - ZERO_POINT
+        return (values * self.scales.float().unsqueeze(-1)).flatten(1)[:, : self.columns]
+
+
+class WeightQuantizer(Protocol):
+    """Chooses the int4 values of a matrix; round-to-nearest looks at the matrix alone."""
+
+    name: str
+
+    def quantize(self, key: str, weight: torch.Tensor) -> Int4Weight:
+        """Quantizes ``weight`` float ``[N, K]``, the tensor called ``key`` in the checkpoint."""
+        ...
+
+
+def group_size_for(columns: int) -> int:
+    """128, or 64 or 32 where 128 does not divide ``columns``; where none does, 32 with zero padding."""
+    return next((size for size in GROUP_SIZES if columns % size == 0), GROUP_SIZES[-1])
+
+
+def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """float32 ``[N, groups, group_size]``, zero-padded at the end of each row."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % group_size))
+    return padded.reshape(rows, -1, group_size)
+
+
+def pack(values: torch.Tensor) -> torch.Tensor:
+    """Integer values in [-8, 7], ``[N, groups, group_size]`` -> the packed layout."""
+    nibbles = (values + ZERO_POINT).to(torch.uint8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
