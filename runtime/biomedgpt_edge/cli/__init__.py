@@ -1,0 +1,1 @@
+"""``biomedgpt-edge``: one file per command."""

@@ -1,0 +1,100 @@
+"""Options that several commands take, and how their values become molecules, proteins and generation options."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import InputFileError
+from ..inputs import Molecule, Protein
+from ..prompt import Input
+from ..sampling import DEFAULT_MAX_NEW_TOKENS, OptionArguments
+
+_MOLECULE_FILES = (".sdf", ".sd", ".mol")
+_PROTEIN_FILES = (".fasta", ".fa", ".faa", ".fas", ".seq", ".txt")
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="B", help="bundle folder (default: the packaged demo model)")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """``--molecule`` and ``--protein``, kept in the order in which they were given."""
+    parser.add_argument(
+        "--molecule",
+        dest="inputs",
+        action="append",
+        default=[],
+        type=_tagged("molecule"),
+        metavar="SMILES|FILE.sdf",
+        help="a molecule; may be repeated",
+    )
+    parser.add_argument(
+        "--protein",
+        dest="inputs",
+        action="append",
+        type=_tagged("protein"),
+        metavar="SEQUENCE|FILE.fasta",
+        help="a protein; may be repeated",
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut proteins over 1,022 residues instead of refusing them"
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    parser.add_argument("--seed", type=int, metavar="S")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+
+
+def read_inputs(options: argparse.Namespace) -> list[Input]:
+    """The molecules and proteins of the command line, in order.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    return [
+        read_molecule(value) if kind == "molecule" else read_protein(value, truncate=options.truncate)
+        for kind, value in options.inputs
+    ]
+
+
+def read_molecule(value: str) -> Molecule:
+    """A SMILES string, an InChI, or the path of an SDF or MOL file."""
+    if Path(value).suffix.lower() in _MOLECULE_FILES:
+        return Molecule.from_sdf(value)
+    return Molecule.from_inchi(value) if value.startswith("InChI=") else Molecule.from_smiles(value)
+
+
+def read_protein(value: str, *, truncate: bool) -> Protein:
+    """A sequence, or the path of a FASTA file."""
+    if Path(value).suffix.lower() in _PROTEIN_FILES:
+        return Protein.from_fasta(value, truncate=truncate)
+    # No sequence holds a separator, so this can only be a path.
+    if "/" in value or "\\" in value:
+        raise InputFileError(
+            f"{value} is no FASTA file by its name.", seen=value, remedy=f"Known endings: {', '.join(_PROTEIN_FILES)}."
+        )
+    return Protein.from_sequence(value, truncate=truncate)
+
+
+def generation_options(options: argparse.Namespace) -> OptionArguments:
+    return OptionArguments(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        stop=tuple(options.stop),
+    )
+
+
+def _tagged(kind: str):  # type: ignore[no-untyped-def]
+    return lambda value: (kind, value)

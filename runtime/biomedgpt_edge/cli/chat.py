@@ -1,0 +1,105 @@
+"""``biomedgpt-edge chat``: a conversation at the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..engine import Chat, Engine
+from ..errors import InputError
+from ..prompt import Input
+from ..sampling import OptionArguments
+from .arguments import (
+    add_bundle,
+    add_generation,
+    add_inputs,
+    generation_options,
+    read_inputs,
+    read_molecule,
+    read_protein,
+)
+from .output import policy_lines, tell
+
+HELP = "talk about molecules and proteins, with memory of what was said"
+
+_COMMANDS = """\
+/molecule SMILES|FILE.sdf     give a molecule with the next question
+/protein SEQUENCE|FILE.fasta  give a protein with the next question
+/reset                        forget everything
+/quit                         leave (so does end of input)
+Ctrl-C stops an answer."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    add_inputs(parser)
+    add_generation(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Reads questions from stdin until it ends; answers stream to stdout."""
+    inputs = read_inputs(options)
+    with Engine.load(options.bundle, threads=options.threads) as engine:
+        for line in [*policy_lines(engine.bundle), "", *_COMMANDS.splitlines()]:
+            tell(line)
+        session = _Session(engine, inputs, generation_options(options), options.truncate)
+        while session.turn(_read_line()):
+            pass
+    return 0
+
+
+class _Session:
+    def __init__(self, engine: Engine, inputs: list[Input], options: OptionArguments, truncate: bool) -> None:
+        self._engine = engine
+        self._chat: Chat = engine.chat()
+        self._pending = inputs
+        self._options = options
+        self._truncate = truncate
+
+    def turn(self, line: str | None) -> bool:
+        """Handles one line; False ends the session. A mistake is reported and costs nothing else."""
+        if line is None or line.strip() == "/quit":
+            return False
+        try:
+            self._handle(line.strip())
+        except InputError as error:
+            tell(f"error: {error}")
+        return True
+
+    def _handle(self, line: str) -> None:
+        command, _, value = line.partition(" ")
+        if not line:
+            return
+        if command == "/reset":
+            self._chat, self._pending = self._engine.chat(), []
+        elif command == "/molecule":
+            self._pending.append(read_molecule(value.strip()))
+        elif command == "/protein":
+            self._pending.append(read_protein(value.strip(), truncate=self._truncate))
+        elif command.startswith("/"):
+            tell(f"unknown command {command}; known are /molecule, /protein, /reset and /quit")
+        else:
+            self._answer(line)
+
+    def _answer(self, question: str) -> None:
+        with self._chat.stream(question, *self._pending, **self._options) as stream:
+            for note in stream.notes:
+                tell(f"note: {note}")
+            try:
+                for piece in stream:
+                    print(piece.text, end="", flush=True)
+            except KeyboardInterrupt:
+                print()
+                tell("stopped; this answer is not remembered")
+                return
+        print(flush=True)
+        self._pending = []
+
+
+def _read_line() -> str | None:
+    """One line from stdin, with a prompt if a person is there; None at the end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line if line else None

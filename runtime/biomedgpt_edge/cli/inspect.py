@@ -1,0 +1,86 @@
+"""``biomedgpt-edge inspect``: what a bundle is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..bundle import Bundle
+from ..engine import DEMO_BUNDLE
+from ..manifest import Manifest
+from .output import policy_lines
+
+HELP = "show what a bundle holds, how it was made and under which terms it may be used"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", nargs="?", default=str(DEMO_BUNDLE), metavar="B", help="default: the demo model")
+    parser.add_argument("--json", action="store_true", help="print the whole manifest")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    bundle = Bundle.open(options.bundle)
+    if options.json:
+        print(json.dumps({"path": str(bundle.path), "digest": bundle.digest, **json.loads(bundle.manifest.to_json())}))
+        return 0
+    for line in _lines(bundle):
+        print(line)
+    return 0
+
+
+def _lines(bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    decoder, total = manifest.decoder, sum(entry.size for entry in manifest.files)
+    lines = [
+        *policy_lines(bundle),
+        "",
+        f"bundle      {bundle.path} ({_size(total)}, sha256 {bundle.digest[:16]}…)",
+        f"decoder     {decoder.layers} layers, hidden {decoder.hidden_size}, {decoder.heads} heads "
+        f"({decoder.kv_heads} KV), FFN {decoder.intermediate_size}, vocabulary {decoder.vocabulary}, "
+        f"context {decoder.context}",
+        *_encoder_lines(manifest),
+        f"made from   {', '.join(f'{s.path} ({_size(s.size)}, {s.sha256[:12]}…)' for s in manifest.sources)}",
+        "",
+        "files",
+        *[f"  {entry.path:<28}{_size(entry.size):>10}  {entry.sha256[:16]}…" for entry in manifest.files],
+    ]
+    for title, facts in (
+        ("quantization", manifest.quantization),
+        ("parity", manifest.parity),
+        ("about", manifest.about),
+    ):
+        if facts:
+            lines += ["", title, *_facts(facts, "  ")]
+    return lines
+
+
+def _encoder_lines(manifest: Manifest) -> list[str]:
+    molecule, protein = manifest.molecule_encoder, manifest.protein_encoder
+    return [
+        "molecules   "
+        + (f"GIN, {molecule.layers} layers, width {molecule.width}" if molecule else "not in this bundle"),
+        "proteins    "
+        + (
+            f"ESM-2, {protein.layers} layers, width {protein.width}, {protein.heads} heads"
+            if protein
+            else "not in this bundle"
+        ),
+    ]
+
+
+def _facts(facts: dict[str, object], indent: str) -> list[str]:
+    """Nested facts as indented lines."""
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+            lines += [f"{indent}{key}", *_facts(value, indent + "  ")]
+        elif isinstance(value, dict):
+            lines.append(f"{indent}{key}: " + ", ".join(f"{k} {v}" for k, v in value.items()))
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count:,} B"
