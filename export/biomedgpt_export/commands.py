@@ -1,0 +1,83 @@
+"""The commands of ``biomedgpt-export``; imported once the extra's packages are known to be there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from biomedgpt_edge.errors import BioMedGPTError
+
+from .exporter import ExportOptions, export_bundle, read_about
+from .families.biomedgpt_10b import FAMILY, Layout
+from .graphs.linear import PRECISIONS
+from .synthesize import SCALES, synthesize
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BioMedGPTError as error:
+        _report(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report("interrupted; nothing was written")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="biomedgpt-export",
+        description="Export BioMedGPT checkpoints as bundles.",
+        epilog="exit codes: 0 done, 2 wrong usage, 3 input, 5 missing packages, 6 the export cannot start or finish",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_bundle(commands.add_parser("bundle", help="export a checkpoint as a bundle"))
+    _add_synthesize(commands.add_parser("synthesize", help="write a random checkpoint in the release layout"))
+    return parser
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=[FAMILY], required=True, help="the model family of the checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the release's folder: fusion_ckpts/biomedgpt_10b.pth, text_ckpts/biomedgpt-lm-7b, protein_ckpts/esm2-3b",
+    )
+    parser.add_argument("--fusion", type=Path, metavar="FILE", help="the weights, if they lie elsewhere")
+    parser.add_argument("--text", type=Path, metavar="DIR", help="language model configuration and tokenizer, likewise")
+    parser.add_argument("--protein", type=Path, metavar="DIR", help="protein encoder configuration, likewise")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
+    parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="of the linear layers (default: int4)")
+    parser.add_argument("--name", default="BioMedGPT-10B", help="what the bundle calls itself")
+    parser.add_argument("--about", type=Path, metavar="FILE.json", help="facts to carry in the manifest")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads for the parity runs (default: 1)")
+    parser.set_defaults(run=_run_bundle)
+
+
+def _add_synthesize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=[FAMILY], required=True, help="the model family to imitate")
+    parser.add_argument("--scale", choices=sorted(SCALES), required=True, help="how large")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
+    parser.set_defaults(run=_run_synthesize)
+
+
+def _run_bundle(options: argparse.Namespace) -> None:
+    layout = Layout.locate(options.checkpoint, fusion=options.fusion, text=options.text, protein=options.protein)
+    about = read_about(options.about) if options.about else {}
+    export = ExportOptions(layout, options.out, options.precision, options.name, about, options.threads)
+    export_bundle(export, _report)
+
+
+def _run_synthesize(options: argparse.Namespace) -> None:
+    synthesize(options.out, scale=options.scale, seed=options.seed, report=_report)
+
+
+def _report(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
