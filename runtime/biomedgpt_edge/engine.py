@@ -73,6 +73,9 @@ class Answer:
     notes: tuple[str, ...]
     timings: Timings
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Piece:

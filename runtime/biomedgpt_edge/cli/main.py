@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import _native
 from ..errors import BioMedGPTError
 from . import ask, chat, doctor, inspect, verify
 from .output import tell
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=_native.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (ask, chat, inspect, verify, doctor):
         name = command.__name__.rpartition(".")[2]
