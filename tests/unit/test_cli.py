@@ -1,0 +1,138 @@
+"""The command line: what goes to stdout, what to stderr, and which exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from biomedgpt_edge.cli.main import main
+
+ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
+SHORT = ["--max-new-tokens", "6"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def bundle(tiny_bundle_fp32: Path) -> str:
+    return str(tiny_bundle_fp32)
+
+
+def test_ask_prints_the_answer_alone_on_stdout(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
+    code, out, err = run(capsys, "ask", "--bundle", bundle, "--molecule", ASPIRIN, *SHORT, "Hello")
+    code_json, out_json, _ = run(capsys, "ask", "--bundle", bundle, "--molecule", ASPIRIN, *SHORT, "--json", "Hello")
+    assert (code, code_json) == (0, 0)
+    answer = json.loads(out_json)
+    assert out == answer["text"] + "\n"
+    assert answer["finish"] == "length"
+    assert len(answer["token_ids"]) == 6
+    assert answer["timings"]["ttft"] > 0
+    assert "no medical advice" in err
+
+
+def test_inputs_keep_the_order_of_the_command_line(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
+    mixed = ["--protein", "MKTAYIAK", "--molecule", "CCO", "--json", *SHORT, "Hello"]
+    swapped = ["--molecule", "CCO", "--protein", "MKTAYIAK", "--json", *SHORT, "Hello"]
+    answers = [json.loads(run(capsys, "ask", "--bundle", bundle, *order)[1]) for order in (mixed, swapped)]
+    assert answers[0]["token_ids"] != answers[1]["token_ids"]
+
+
+def test_files_are_read_by_their_endings(capsys: pytest.CaptureFixture[str], bundle: str, tmp_path: Path) -> None:
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text(">p\nMKTAYIAK\n")
+    from_file = run(capsys, "ask", "--bundle", bundle, "--protein", str(fasta), "--json", *SHORT, "Hello")[1]
+    direct = run(capsys, "ask", "--bundle", bundle, "--protein", "MKTAYIAK", "--json", *SHORT, "Hello")[1]
+    assert json.loads(from_file)["token_ids"] == json.loads(direct)["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error", "words"),
+    [
+        (["--molecule", "C1CC"], 3, "input.molecule", "unclosed ring"),
+        (["--molecule", ""], 3, "input.molecule", "empty"),
+        (["--molecule", "nothing.sdf"], 3, "input.file", "there is no file"),
+        (["--protein", "MKJ"], 3, "input.protein", "'J' at 3"),
+        (["--protein", "nothing.fasta"], 3, "input.file", "there is no file"),
+        (["--protein", "/some/where"], 3, "input.file", "no FASTA file by its name"),
+        (["--protein", "M" * 1023], 3, "input.protein", "truncate"),
+        (["--temperature", "-1"], 3, "input.option", "temperature"),
+        (["--max-new-tokens", "5000"], 3, "input.prompt_too_long", "at most"),
+        (["--bundle", "nowhere"], 4, "bundle.not_found", "does not exist"),
+    ],
+)
+def test_mistakes_have_exit_codes_and_typed_errors(
+    capsys: pytest.CaptureFixture[str], bundle: str, arguments: list[str], code: int, error: str, words: str
+) -> None:
+    given = arguments if "--bundle" in arguments else ["--bundle", bundle, *arguments]
+    found, out, err = run(capsys, "ask", *given, "--json", "Hello")
+    assert found == code
+    assert json.loads(out)["error"]["code"] == error
+    assert words in err
+
+
+def test_a_cut_protein_is_named_on_stderr(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
+    code, _, err = run(capsys, "ask", "--bundle", bundle, "--protein", "M" * 1100, "--truncate", *SHORT, "Hello")
+    assert code == 0
+    assert "note: the protein was cut: the first 1,022 of its 1,100 residues were used" in err
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["ask"])
+    assert caught.value.code == 2
+
+
+def test_chat_answers_line_by_line_and_survives_mistakes(
+    capsys: pytest.CaptureFixture[str], bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["Hello", "/molecule C1CC", "/molecule CCO", "What is this?", "", "/what", "/reset", "Bye", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    code, out, err = run(capsys, "chat", "--bundle", bundle, *SHORT)
+    assert code == 0
+    assert len(out.strip().split("\n")) >= 3
+    assert "unclosed ring" in err
+    assert "unknown command /what" in err
+    assert "Use policy: https://" in err
+    assert "no medical advice" in err
+
+
+def test_inspect_shows_terms_and_facts(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
+    code, out, _ = run(capsys, "inspect", bundle)
+    assert code == 0
+    for words in ("no medical advice", "Use policy: https://", "GIN, 5 layers", "decoder.onnx", "parity"):
+        assert words in out
+    manifest = json.loads(run(capsys, "inspect", bundle, "--json")[1])
+    assert manifest["schema_version"] == 1
+
+
+def test_verify_names_the_file_that_differs(
+    capsys: pytest.CaptureFixture[str], tiny_bundle_fp32: Path, tmp_path: Path
+) -> None:
+    assert run(capsys, "verify", str(tiny_bundle_fp32))[0] == 0
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_bundle_fp32.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    data = bytearray((copy / "decoder.data").read_bytes())
+    data[1000] ^= 1
+    (copy / "decoder.data").write_bytes(data)
+    code, out, err = run(capsys, "verify", str(copy))
+    assert code == 4
+    assert "DIFFERS  decoder.data" in out
+    assert "decoder.data differ from the manifest" in err
+
+
+def test_doctor_reports_the_machine_and_the_bundle(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
+    code, out, _ = run(capsys, "doctor", "--bundle", bundle, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ok"]
+    assert {"processor", "onnxruntime", "cuda", "bundle"} <= {finding["what"] for finding in report["findings"]}
+    assert run(capsys, "doctor", "--bundle", "nowhere")[0] == 5
