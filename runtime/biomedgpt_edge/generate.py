@@ -94,7 +94,8 @@ def generate(
 
 
 class AnswerText:
-    """Turns tokens into the text of the answer: no white space around it, cut before a stop text.
+    """Turns tokens into the text of the answer: cut before the stop text that is complete first, then no white space
+    around it.
 
     Text that may still turn out to be trailing white space or the beginning of a stop text is held back, so what has
     been given out never has to be taken back.
@@ -115,6 +116,8 @@ class AnswerText:
         """What is left at the end, without trailing white space."""
         released = self._release(self._decoder.flush())
         rest = "" if self.stopped else self._held.rstrip()
+        if not self._started:
+            rest = rest.lstrip()
         self._held = ""
         return released + rest
 
@@ -122,18 +125,17 @@ class AnswerText:
         if self.stopped:
             return ""
         self._held += text
-        if not self._started:
-            self._held = self._held.lstrip()
-        found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
+        # The first to be complete, however the text is cut into tokens; of two that end together the longer one.
+        found = [(place + len(stop), place) for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            released, self._held = self._held[: min(found)].rstrip(), ""
+            released, self._held = self._held[: min(found)[1]].rstrip(), ""
         else:
-            keep = max(self._unfinished_stop(), len(self._held) - len(self._held.rstrip()))
-            cut = len(self._held) - keep
             # White space in front of a possible stop text may become trailing white space too.
-            cut = len(self._held[:cut].rstrip())
+            cut = len(self._held[: len(self._held) - self._unfinished_stop()].rstrip())
             released, self._held = self._held[:cut], self._held[cut:]
+        if not self._started:
+            released = released.lstrip()
         self._started = self._started or bool(released)
         return released
 

@@ -15,10 +15,13 @@ from pathlib import Path
 from rdkit import Chem, rdBase
 
 from .errors import InputFileError, MoleculeError, ProteinError
-from .molecule_graph import MoleculeGraph, featurize
+from .molecule_graph import MoleculeGraph, check_features, featurize
 from .protein_tokens import ALLOWED_RESIDUES, MAX_RESIDUES, SPECIAL_POSITIONS
 
-# Longer than any file a question can be about: the model's context holds 4,096 atoms or residues.
+# The models' context. RDKit's time grows with the square of the atoms, so larger molecules are refused early.
+MAX_ATOMS = 4096
+# Longer than any text or file that spells such a molecule.
+MAX_MOLECULE_CHARACTERS = 16 * MAX_ATOMS
 MAX_INPUT_FILE_BYTES = 16 * 2**20
 _SEQUENCE_LETTERS = "the 20 amino acids and X, B, U, Z, O"
 # str.upper() would turn letters such as the German sharp s or the dotless i into residues.
@@ -31,7 +34,8 @@ class Molecule:
     """A molecule the model can read; make one with a ``from_`` method.
 
     Attributes:
-        smiles: SMILES of what the model sees, in its atom order.
+        smiles: SMILES of what the model sees, in its atom order; of :meth:`from_rdkit`, RDKit's spelling of it, whose
+            atoms may come in another order.
         graph: index features, one row per heavy atom (and per hydrogen that RDKit keeps, such as ``[2H]``).
         name: the name that came with it, if any.
         notes: what was changed while reading it.
@@ -51,32 +55,46 @@ class Molecule:
         """Reads a SMILES string; text after white space is kept as the molecule's name.
 
         Raises:
-            MoleculeError: nothing in it, unparsable (with RDKit's reason), or an atom or bond without features.
+            MoleculeError: nothing in it, several lines, unparsable (with RDKit's reason), too large, or an atom or bond
+                without features.
         """
         start = time.perf_counter()
-        text = _text(smiles, "SMILES", MoleculeError).strip()
+        text = _text(smiles, "a SMILES string", MoleculeError).strip()
         if not text:
             raise MoleculeError("the SMILES string is empty.", seen=smiles, remedy="Give one such as 'CCO'.")
-        mol, reason = _parse_logged(lambda: Chem.MolFromSmiles(text))
+        if len(text.splitlines()) > 1:
+            raise MoleculeError(
+                f"the SMILES {_short(text)} has {len(text.splitlines())} lines.",
+                seen=len(text.splitlines()),
+                limit=1,
+                remedy="Give one molecule at a time.",
+            )
+        spelled, name = [*text.split(maxsplit=1), ""][:2]
+        # What stands between bars is no name but part of the molecule (CXSMILES).
+        extended = f"{spelled} {name}" if name.startswith("|") else spelled
+        _check_spelling(extended, "SMILES")
+        if len(spelled) > MAX_ATOMS:
+            _check_size(_parse_logged(lambda: Chem.MolFromSmiles(spelled, sanitize=False))[0])
+        mol, reason = _parse_logged(lambda: Chem.MolFromSmiles(extended))
         if mol is None:
             raise MoleculeError(
-                f"RDKit cannot read the SMILES {_short(text)}: {reason}.",
-                seen=_short(text),
+                f"RDKit cannot read the SMILES {_short(extended)}: {reason}.",
+                seen=_short(extended),
                 remedy="Check brackets, ring numbers and valences.",
             )
-        spelled, _, name = text.partition(" ")
-        return cls._of(mol, smiles=spelled, name=name.strip(), start=start)
+        return cls._of(mol, smiles=spelled, name=re.sub(r"^\|.*\|", "", name).strip(), start=start)
 
     @classmethod
     def from_rdkit(cls, mol: Chem.Mol) -> Molecule:
         """Takes an RDKit molecule; the caller's object is left as it is.
 
         A molecule that RDKit read from SMILES gives exactly the features of :meth:`from_smiles`. Explicit hydrogens
-        are removed, and molecules whose double bonds or wedges do not carry SMILES marks (from a drawing or from 3D)
-        are re-spelled as canonical SMILES first, since that is the only kind the model has seen.
+        are removed, and molecules from MOL blocks or whose double bonds or wedges do not carry SMILES marks (from a
+        drawing or from 3D) are re-spelled as canonical SMILES first, since that is the only kind the model has seen.
 
         Raises:
-            MoleculeError: not an RDKit molecule, no atoms, chemically impossible, or without features.
+            MoleculeError: not an RDKit molecule, no atoms, too many, chemically impossible, a pattern (SMARTS), or
+                without features.
         """
         start = time.perf_counter()
         if not isinstance(mol, Chem.Mol):
@@ -84,7 +102,9 @@ class Molecule:
                 f"expected an RDKit molecule, got {type(mol).__name__}.", remedy="RDKit returns None for bad input."
             )
         name = mol.GetProp("_Name") if mol.HasProp("_Name") else ""
-        return cls._of(_as_from_smiles(mol), name=name, start=start)
+        _check_size(mol)
+        mol, smiles = _as_from_smiles(mol)
+        return cls._of(mol, smiles=smiles, name=name, start=start)
 
     @classmethod
     def from_inchi(cls, inchi: str) -> Molecule:
@@ -94,7 +114,8 @@ class Molecule:
             MoleculeError: as :meth:`from_smiles`.
         """
         start = time.perf_counter()
-        text = _text(inchi, "InChI", MoleculeError).strip()
+        text = _text(inchi, "an InChI", MoleculeError).strip()
+        _check_spelling(text, "InChI")
         mol, reason = _parse_logged(lambda: Chem.MolFromInchi(text))
         if mol is None:
             raise MoleculeError(
@@ -102,7 +123,8 @@ class Molecule:
                 seen=_short(text),
                 remedy="An InChI starts with 'InChI=1S/' (an InChIKey cannot be turned back into a molecule).",
             )
-        return cls._of(_respelled(mol), start=start)
+        mol, spelled = _respelled(mol)
+        return cls._of(mol, smiles=spelled, start=start)
 
     @classmethod
     def from_sdf(cls, path: str | Path, *, record: int | None = None) -> Molecule:
@@ -119,22 +141,25 @@ class Molecule:
         path = Path(path)
         blocks = _sdf_blocks(_read_text(path, "SDF"))
         index = _choose(path, len(blocks), record, "molecules")
-        mol, reason = _parse_logged(lambda: Chem.MolFromMolBlock(blocks[index]))
+        block = blocks[index]
+        if len(block) > MAX_MOLECULE_CHARACTERS:
+            _check_size(_parse_logged(lambda: Chem.MolFromMolBlock(block, sanitize=False))[0])
+        mol, reason = _parse_logged(lambda: Chem.MolFromMolBlock(block), explain=lambda: _supplied(block))
         if mol is None:
             raise MoleculeError(
                 f"RDKit cannot read molecule {index + 1} of {path.name}: {reason}.",
                 seen=path.name,
                 remedy="Open the file in a structure editor and save it again as SDF.",
             )
-        name = blocks[index].splitlines()[0].strip() if blocks[index] else ""
-        return cls._of(_respelled(mol), name=name, start=start)
+        mol, spelled = _respelled(mol)
+        return cls._of(mol, smiles=spelled, name=block.splitlines()[0].strip(), start=start)
 
     @classmethod
     def _of(cls, mol: Chem.Mol, *, start: float, smiles: str = "", name: str = "") -> Molecule:
         if mol.GetNumAtoms() == 0:
             raise MoleculeError("the molecule has no atoms.", seen=smiles, remedy="Give one such as 'CCO'.")
-        spelled = smiles or Chem.MolToSmiles(mol, canonical=False)
-        return cls(spelled, featurize(mol), name, (), time.perf_counter() - start)
+        _check_size(mol)
+        return cls(smiles, featurize(mol), name, (), time.perf_counter() - start)
 
     @property
     def n_soft_tokens(self) -> int:
@@ -176,7 +201,7 @@ class Protein:
             ProteinError: empty, other letters (named with their positions), or too long.
         """
         start = time.perf_counter()
-        residues = "".join(_text(sequence, "sequence", ProteinError).split()).translate(_UPPER)
+        residues = "".join(_text(sequence, "a sequence", ProteinError).split()).translate(_UPPER)
         notes: list[str] = []
         if residues.endswith("*"):
             residues = residues[:-1]
@@ -229,8 +254,37 @@ class Protein:
 
 def _text(value: object, what: str, error: type[MoleculeError] | type[ProteinError]) -> str:
     if not isinstance(value, str):
-        raise error(f"expected a {what} as text, got {type(value).__name__}.", remedy="Pass a string.")
+        raise error(f"expected {what}, got {type(value).__name__}.", remedy="Pass it as text.")
     return value
+
+
+def _check_spelling(text: str, what: str) -> None:
+    """RDKit drops or cuts at characters it does not know, so they are looked for here."""
+    odd = re.search("[^ -~]", text)
+    if odd:
+        raise MoleculeError(
+            f"the {what} {_short(text)} holds {odd.group()!r} at character {odd.start() + 1}.",
+            seen=odd.group().encode("unicode_escape").decode("ascii"),
+            limit="printable ASCII",
+            remedy=f"No {what} contains it: type that character again.",
+        )
+    if len(text) > MAX_MOLECULE_CHARACTERS:
+        raise MoleculeError(
+            f"the {what} has {len(text):,} characters.",
+            seen=len(text),
+            limit=MAX_MOLECULE_CHARACTERS,
+            remedy=f"At most {MAX_MOLECULE_CHARACTERS:,} are read.",
+        )
+
+
+def _check_size(mol: Chem.Mol | None) -> None:
+    if mol is not None and mol.GetNumHeavyAtoms() > MAX_ATOMS:
+        raise MoleculeError(
+            f"the molecule has {mol.GetNumHeavyAtoms():,} atoms.",
+            seen=mol.GetNumHeavyAtoms(),
+            limit=MAX_ATOMS,
+            remedy=f"The models read at most {MAX_ATOMS:,}; give a part of it.",
+        )
 
 
 def _short(text: str, limit: int = 80) -> str:
@@ -242,25 +296,41 @@ def _listing(names: list[str], limit: int = 8) -> str:
     return ", ".join(_short(name, 40) for name in names[:limit]) + more
 
 
-def _parse_logged(parse: Callable[[], Chem.Mol | None]) -> tuple[Chem.Mol | None, str]:
-    """Runs an RDKit parser silently; if it gives no molecule, once more to catch the reason in RDKit's log."""
+def _parse_logged(
+    parse: Callable[[], Chem.Mol | None], explain: Callable[[], Chem.Mol | None] | None = None
+) -> tuple[Chem.Mol | None, str]:
+    """Runs an RDKit parser silently; if it gives no molecule, ``explain`` (or it again) to catch the reason."""
     with rdBase.BlockLogs():
         mol = parse()
     if mol is not None:
         return mol, ""
-    with rdBase.CaptureErrorLog() as log:
-        parse()
+    with rdBase.BlockLogs(), rdBase.CaptureErrorLog() as log:
+        (explain or parse)()
     lines = [re.sub(r"^\[[\d:]+\]\s*|ERROR:\s*", "", line).strip() for line in log.messages.splitlines()]
-    lines = [line for line in lines if line]
-    # Syntax errors come as four lines, the place of the mistake in the second.
+    lines = [line for line in lines if line.strip("*")]
+    if not lines:
+        return None, "RDKit gives no reason"
+    # An invariant of RDKit's comes as its kind, what is wrong, and where in RDKit it was found.
+    if len(lines) > 1 and lines[0].endswith(("Violation", "Error")):
+        return None, f"{lines[0]}: {lines[1]}"
+    # Syntax errors come as four lines, the place of the mistake in the second; both repeat the whole input.
+    reason = re.sub(r" (while parsing|for input): ?.*", "", lines[0]).rstrip(". ")
     if len(lines) > 1 and "check for mistakes around" in lines[1]:
-        return None, f"{lines[0]} ({lines[1].rpartition('check for mistakes ')[2].rstrip(':')})"
-    return None, lines[0].rstrip(". ") if lines else "RDKit gives no reason"
+        reason += f" ({lines[1].rpartition('check for mistakes ')[2].rstrip(':')})"
+    return None, reason
 
 
-def _as_from_smiles(mol: Chem.Mol) -> Chem.Mol:
-    """A sanitized copy without explicit hydrogens whose bond directions are those of a SMILES string."""
+def _supplied(block: str) -> Chem.Mol | None:
+    """The record through RDKit's SDF reader, which logs as errors what the MOL reader only logs as warnings."""
+    supplier = Chem.SDMolSupplier()
+    supplier.SetData(block)
+    return next(iter(supplier), None)
+
+
+def _as_from_smiles(mol: Chem.Mol) -> tuple[Chem.Mol, str]:
+    """A sanitized copy without explicit hydrogens whose bond directions are those of a SMILES string, and a SMILES."""
     copy = Chem.Mol(mol)
+    cleaned = copy.HasProp("_StereochemDone") or _has_bond_stereo(copy)
     with rdBase.BlockLogs():
         problems = Chem.DetectChemistryProblems(copy)
         if problems:
@@ -269,42 +339,70 @@ def _as_from_smiles(mol: Chem.Mol) -> Chem.Mol:
             )
         Chem.SanitizeMol(copy)
         copy = Chem.RemoveHs(copy)
+        if not cleaned:
+            # What the SMILES parser does last: marks on atoms and bonds that are no stereocentres go.
+            Chem.AssignStereochemistry(copy, cleanIt=True, force=True)
+    check_features(copy)
+    _check_no_pattern(copy)
     directions = [bond.GetBondDir() for bond in copy.GetBonds()]
-    stereo = any(bond.GetStereo() > Chem.BondStereo.STEREOANY for bond in copy.GetBonds())
     marked = any(direction != Chem.BondDir.NONE for direction in directions)
-    if all(direction in _SMILES_DIRECTIONS for direction in directions) and (marked or not stereo):
-        return copy
-    return _respelled(copy)
+    drawn = mol.HasProp("_MolFileInfo") or any(direction not in _SMILES_DIRECTIONS for direction in directions)
+    if drawn or (_has_bond_stereo(copy) and not marked):
+        return _respelled(copy)
+    return copy, Chem.MolToSmiles(copy, canonical=False)
 
 
-def _respelled(mol: Chem.Mol) -> Chem.Mol:
-    """The molecule read back from its canonical SMILES."""
+def _has_bond_stereo(mol: Chem.Mol) -> bool:
+    return any(bond.GetStereo() > Chem.BondStereo.STEREOANY for bond in mol.GetBonds())
+
+
+def _check_no_pattern(mol: Chem.Mol) -> None:
+    for atom in mol.GetAtoms():
+        if atom.HasQuery():
+            raise MoleculeError(
+                f"atom {atom.GetIdx() + 1} ('{atom.GetSmarts()}') is a query: this is a search pattern, no molecule.",
+                seen=atom.GetSmarts(),
+                remedy="Make the molecule from SMILES instead of SMARTS.",
+            )
+
+
+def _respelled(mol: Chem.Mol) -> tuple[Chem.Mol, str]:
+    """The molecule read back from its canonical SMILES, and that SMILES."""
+    _check_size(mol)
+    # Errors shall count atoms as the file does, not as the new spelling does.
+    check_features(mol)
     smiles = Chem.MolToSmiles(mol)
     again, reason = _parse_logged(lambda: Chem.MolFromSmiles(smiles))
     if again is None:
         raise MoleculeError(f"RDKit cannot read back its own SMILES {_short(smiles)}: {reason}.", seen=_short(smiles))
-    return again
+    return again, smiles
 
 
 def _read_text(path: Path, kind: str) -> str:
     try:
-        size = path.stat().st_size
-        if size > MAX_INPUT_FILE_BYTES:
-            raise InputFileError(
-                f"{path} has {size:,} bytes.",
-                seen=size,
-                limit=MAX_INPUT_FILE_BYTES,
-                remedy=f"The limit for a {kind} file is {MAX_INPUT_FILE_BYTES:,}; put the record in a file of its own.",
-            )
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            # One byte more than allowed shows that it is too large, also where there is no size (pipes, devices).
+            data = file.read(MAX_INPUT_FILE_BYTES + 1)
     except FileNotFoundError as error:
         raise InputFileError(f"there is no file {path}.", seen=str(path), remedy="Check the path.") from error
+    except (OSError, ValueError) as error:
+        # ValueError: a path with a NUL in it.
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InputFileError(f"{_short(str(path))} cannot be read: {reason}.", seen=_short(str(path))) from error
+    if len(data) > MAX_INPUT_FILE_BYTES:
+        raise InputFileError(
+            f"{path} has more than {MAX_INPUT_FILE_BYTES:,} bytes.",
+            seen=str(path),
+            limit=MAX_INPUT_FILE_BYTES,
+            remedy=f"That is the limit for a {kind} file; put the record in a file of its own.",
+        )
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputFileError(
             f"{path} is not a text file (byte {error.start}).", seen=str(path), remedy=f"Give a {kind} file."
         ) from error
-    except OSError as error:
-        raise InputFileError(f"{path} cannot be read: {error.strerror}.", seen=str(path)) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _sdf_blocks(text: str) -> list[str]:
@@ -324,7 +422,7 @@ def _sdf_blocks(text: str) -> list[str]:
 def _fasta_records(path: Path, text: str) -> Iterator[tuple[str, str]]:
     name: str | None = None
     lines: list[str] = []
-    for number, line in enumerate(text.lstrip("\ufeff").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         stripped = line.strip()
         if stripped.startswith(">"):
             if name is not None:
@@ -354,6 +452,10 @@ def _choose(path: Path, count: int, record: int | None, what: str, names: list[s
             remedy="Choose one with record=1, 2, …, or put it in a file of its own.",
         )
     chosen = 1 if record is None else record
+    if isinstance(chosen, bool) or not isinstance(chosen, int):
+        raise InputFileError(
+            f"record is {chosen!r}, which is no number.", seen=repr(chosen), remedy="Records are counted from 1."
+        )
     if not 1 <= chosen <= count:
         raise InputFileError(
             f"{path.name} holds {count} {what}; there is no record {chosen}.", seen=chosen, limit=count,
@@ -375,7 +477,7 @@ def _check_letters(residues: str) -> None:
     )
     raise ProteinError(
         f"the sequence holds {sum(map(len, bad.values()))} letters that are no residues: {named}.",
-        seen=sorted(bad),
+        seen=list(bad)[:8],
         limit=_SEQUENCE_LETTERS,
         remedy=f"Allowed are {_SEQUENCE_LETTERS}; write X for an unknown residue and remove gaps.",
     )

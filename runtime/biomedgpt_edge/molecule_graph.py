@@ -45,9 +45,9 @@ _BOND_DIRECTION = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MoleculeGraph:
-    """Index features of one molecule, atoms and bonds in RDKit's order.
+    """Index features of one molecule, atoms and bonds in RDKit's order; equal if all of them are.
 
     Attributes:
         atoms: int64 ``[N, 2]``: atomic number - 1, chirality tag (0 none, 1 clockwise, 2 counter-clockwise).
@@ -62,8 +62,16 @@ class MoleculeGraph:
         self.atoms.setflags(write=False)
         self.bonds.setflags(write=False)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MoleculeGraph):
+            return NotImplemented
+        return np.array_equal(self.atoms, other.atoms) and np.array_equal(self.bonds, other.bonds)
 
-@dataclass(frozen=True)
+    def __hash__(self) -> int:
+        return hash((self.atoms.tobytes(), self.bonds.tobytes()))
+
+
+@dataclass(frozen=True, eq=False)
 class DenseGraph:
     """The dense form of a graph, as the exported encoder takes it.
 
@@ -91,6 +99,18 @@ def featurize(mol: Chem.Mol) -> MoleculeGraph:
     atoms = np.array([_atom_features(a) for a in mol.GetAtoms()], dtype=np.int64).reshape(-1, 2)
     bonds = np.array([_bond_features(b) for b in mol.GetBonds()], dtype=np.int64).reshape(-1, 4)
     return MoleculeGraph(atoms, bonds)
+
+
+def check_features(mol: Chem.Mol) -> None:
+    """Checks everything but bond directions, which differ between a drawing and the SMILES made from it.
+
+    Raises:
+        MoleculeError: as :func:`featurize`.
+    """
+    for atom in mol.GetAtoms():
+        _atom_features(atom)
+    for bond in mol.GetBonds():
+        _bond_type(bond)
 
 
 def dense(graph: MoleculeGraph) -> DenseGraph:
@@ -130,23 +150,28 @@ def _atom_features(atom: Chem.Atom) -> tuple[int, int]:
 
 
 def _bond_features(bond: Chem.Bond) -> tuple[int, int, int, int]:
-    begin, end = bond.GetBeginAtom(), bond.GetEndAtom()
-    where = (
-        f"the bond between atoms {begin.GetIdx() + 1} ({begin.GetSymbol()}) and {end.GetIdx() + 1} ({end.GetSymbol()})"
-    )
+    direction = _BOND_DIRECTION.get(bond.GetBondDir())
+    if direction is None:
+        raise MoleculeError(
+            f"{_where(bond)} has direction {bond.GetBondDir().name}, which the molecule encoder does not know.",
+            seen=bond.GetBondDir().name,
+            remedy="Remove the stereo mark of this bond.",
+        )
+    return bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), _bond_type(bond), direction
+
+
+def _bond_type(bond: Chem.Bond) -> int:
     kind = _BOND_TYPE.get(bond.GetBondType())
     if kind is None:
         raise MoleculeError(
-            f"{where} is of type {bond.GetBondType().name}, "
+            f"{_where(bond)} is of type {bond.GetBondType().name}, "
             "but the molecule encoder only knows single, double, triple and aromatic bonds.",
             seen=bond.GetBondType().name,
             remedy="Draw it as a single bond, or leave the ligand and the metal unconnected.",
         )
-    direction = _BOND_DIRECTION.get(bond.GetBondDir())
-    if direction is None:
-        raise MoleculeError(
-            f"{where} has direction {bond.GetBondDir().name}, which the molecule encoder does not know.",
-            seen=bond.GetBondDir().name,
-            remedy="Remove the stereo mark of this bond.",
-        )
-    return begin.GetIdx(), end.GetIdx(), kind, direction
+    return kind
+
+
+def _where(bond: Chem.Bond) -> str:
+    ends = [f"{atom.GetIdx() + 1} ({atom.GetSymbol()})" for atom in (bond.GetBeginAtom(), bond.GetEndAtom())]
+    return f"the bond between atoms {ends[0]} and {ends[1]}"

@@ -14,14 +14,16 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import InputError, ManifestError
 from .inputs import Molecule, Protein
 from .tokenizer import Tokenizer
 
 Input: TypeAlias = "Molecule | Protein"
 
-# U+FF03 and U+FE5F fold to '#' in tokenizers that apply NFKC, so they count as '#'.
-_SEPARATOR_RUN = re.compile("[#\uff03\ufe5f]{3,}")
+# What ends a message, and what user text is kept free of. Look-alikes such as U+FF03 need no care: the tokenizer is
+# known not to fold characters (see Tokenizer).
+SEPARATOR = "###"
+_SEPARATOR_RUN = re.compile("#{3,}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PromptTemplate:
 
     Attributes:
         system: opening text, ending in a space.
-        separator: stands between messages.
+        separator: stands between messages; always ``###``.
         human, assistant: role names.
         molecule, protein: opening and closing mark around the soft tokens.
     """
@@ -41,6 +43,15 @@ class PromptTemplate:
     assistant: str
     molecule: tuple[str, str]
     protein: tuple[str, str]
+
+    def __post_init__(self) -> None:
+        if self.separator != SEPARATOR:
+            raise ManifestError(
+                f"the prompt template separates messages by {self.separator[:40]!r}.",
+                seen=self.separator[:40],
+                limit=SEPARATOR,
+                remedy=f"User text can be kept free of {SEPARATOR!r} only; update biomedgpt-edge, or export again.",
+            )
 
     def marks(self, item: Input) -> tuple[str, str]:
         """Opening and closing mark of an input."""
@@ -56,7 +67,7 @@ class Turn:
     answer: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenSegment:
     """Ids of one piece of text, int64 ``[n]``."""
 

@@ -35,7 +35,7 @@ class GenerationOptions:
         top_k: draw among the k likeliest tokens; 0 keeps all.
         top_p: draw among the likeliest tokens whose probabilities reach p; 1 keeps all.
         repetition_penalty: divides (or multiplies, if negative) the logit of every token already generated (CTRL,
-            Keskar et al. 2019); 1 is none. The prompt does not count.
+            Keskar et al. 2019); 1 is none, 0.01 to 100. The prompt does not count.
         seed: of the draw; the same seed and machine give the same answer. None takes a fresh one.
         stop: texts that end the answer; they are not part of it.
 
@@ -56,7 +56,7 @@ class GenerationOptions:
         _check("temperature", self.temperature, float, 0.0, 100.0)
         _check("top_k", self.top_k, int, 0, 2**24)
         _check("top_p", self.top_p, float, 0.0, 1.0, above=True)
-        _check("repetition_penalty", self.repetition_penalty, float, 0.0, 100.0, above=True)
+        _check("repetition_penalty", self.repetition_penalty, float, 0.01, 100.0)
         if self.seed is not None:
             _check("seed", self.seed, int, 0, 2**64 - 1)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
@@ -77,17 +77,18 @@ class Sampler:
         self._seen = np.zeros(vocabulary, bool)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token, from logits float32 ``[rows]``.
+        """The next token, from logits float32 ``[rows]``; of equally likely ones the lowest wins.
 
         Raises:
-            BioMedGPTError: the logits hold NaN, which no token could answer for.
+            BioMedGPTError: the largest logit is NaN or infinite, so that no token could answer for it.
         """
         scores = self._penalized(logits[: self._vocabulary])
         token = int(scores.argmax())
         # NaN wins every argmax, so one look at the winner finds it.
-        if np.isnan(scores[token]):
+        if not np.isfinite(scores[token]):
             raise BioMedGPTError(
-                "the model produced NaN logits.", remedy="Run 'biomedgpt-edge verify' on the bundle; export it again."
+                f"the model's largest logit is {scores[token]}.",
+                remedy="Run 'biomedgpt-edge verify' on the bundle; export it again.",
             )
         if self._options.temperature > 0:
             token = self._draw(scores)
@@ -101,18 +102,32 @@ class Sampler:
         return np.where(self._seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
 
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:
-        candidates = np.arange(len(scores))
-        if 0 < self._options.top_k < len(scores):
-            candidates = np.sort(np.argpartition(scores, -self._options.top_k)[-self._options.top_k :])
-        scaled = scores[candidates].astype(np.float64) / self._options.temperature
-        weights = np.exp(scaled - scaled.max())
+        candidates, probabilities = self._distribution(scores)
+        return int(self._random.choice(candidates, p=probabilities))
+
+    def _distribution(self, scores: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Tokens that may be drawn and their probabilities."""
+        candidates = _largest(scores, self._options.top_k)
+        chosen = scores[candidates].astype(np.float64)
+        # Subtracting first keeps the smallest temperatures finite.
+        with np.errstate(over="ignore"):
+            weights = np.exp((chosen - chosen.max()) / self._options.temperature)
         probabilities = weights / weights.sum()
         if self._options.top_p < 1.0:
-            order = np.argsort(-probabilities, kind="stable")
+            order = np.argsort(-chosen, kind="stable")
             # The token that crosses p stays in, so at least one always does.
             kept = order[: int(np.searchsorted(probabilities[order].cumsum(), self._options.top_p)) + 1]
             candidates, probabilities = candidates[kept], probabilities[kept] / probabilities[kept].sum()
-        return int(self._random.choice(candidates, p=probabilities))
+        return candidates, probabilities
+
+
+def _largest(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Places of the ``count`` largest scores (0: of all), ascending; of equal scores those in front."""
+    if not 0 < count < len(scores):
+        return np.arange(len(scores))
+    last = np.partition(scores, -count)[-count]
+    above = np.flatnonzero(scores > last)
+    return np.sort(np.concatenate([above, np.flatnonzero(scores == last)[: count - len(above)]]))
 
 
 def _check(name: str, value: object, kind: type, low: float, high: float, *, above: bool = False) -> None:

@@ -15,6 +15,8 @@ from .errors import BundleCorruptError
 
 _WORD_MARK = "\u2581"
 _REPLACEMENT = "\ufffd"
+# What NFKC, case folding, white-space and control-character clean-up would change, each in one way.
+_PROBE = "\uff03\u200b#\x01A  \ufb01 "
 
 
 class Tokenizer:
@@ -32,8 +34,17 @@ class Tokenizer:
             raise BundleCorruptError(
                 f"{path.name} is not a SentencePiece model: {error}.", remedy="Export or copy the bundle again."
             ) from error
+        self._refuse_normalization(path)
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
+
+    def _refuse_normalization(self, path: Path) -> None:
+        """A tokenizer that rewrites text could turn harmless characters into the end of a message."""
+        if self._model.Normalize(_PROBE).replace(_WORD_MARK, " ") != f" {_PROBE}":
+            raise BundleCorruptError(
+                f"{path.name} normalizes text or adds no leading word mark, and Llama's tokenizer does not.",
+                remedy="Use the tokenizer.model that came with the weights.",
+            )
 
     def __len__(self) -> int:
         """Number of pieces; rows of the vocabulary matrix beyond it (``[PAD]``) are never input or output."""

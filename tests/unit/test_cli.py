@@ -92,7 +92,7 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_chat_answers_line_by_line_and_survives_mistakes(
     capsys: pytest.CaptureFixture[str], bundle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = ["Hello", "/molecule C1CC", "/molecule CCO", "What is this?", "", "/what", "/reset", "Bye", "/quit", "never"]
+    lines = ["Hello", "/molecule C1CC", "/molecule CCO", "What is this?", "", "/what", "/reset", "Bye", "/quit", "no"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     code, out, err = run(capsys, "chat", "--bundle", bundle, *SHORT)
     assert code == 0

@@ -1,0 +1,273 @@
+"""The decode loop and the text of an answer, over a decoder that plays back a script."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from biomedgpt_edge.decoder.base import Embeddings, Logits
+from biomedgpt_edge.errors import BioMedGPTError
+from biomedgpt_edge.generate import AnswerText, Generation, Timings, generate
+from biomedgpt_edge.sampling import GenerationOptions
+from biomedgpt_edge.tokenizer import Tokenizer
+from biomedgpt_export.synthesize import train_tokenizer
+
+PIECES = 400
+PROMPT = np.zeros((5, 8), np.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_tokenizer(PIECES))
+    return Tokenizer(path)
+
+
+class Script:
+    """A decoder whose likeliest tokens are those of a script; it remembers what was asked of it."""
+
+    def __init__(self, tokens: list[int], *, fail_at: int | None = None) -> None:
+        self.tokens = tokens
+        self.fail_at = fail_at
+        self.capacity = 0
+        self.prefilled = 0
+        self.stepped: list[int] = []
+        self.opened = 0
+        self.closed = 0
+
+    def open(self, capacity: int) -> Script:
+        self.capacity = capacity
+        self.opened += 1
+        return self
+
+    @property
+    def length(self) -> int:
+        return self.prefilled + len(self.stepped)
+
+    def _logits(self, index: int) -> Logits:
+        if index == self.fail_at:
+            raise RuntimeError("the decoder broke")
+        # The row of [PAD] is the largest of all and must never be taken.
+        scores = np.zeros(PIECES + 1, np.float32)
+        scores[[self.tokens[index], PIECES]] = [5.0, 9.0]
+        return scores
+
+    def prefill(self, embeddings: Embeddings) -> Logits:
+        self.prefilled = len(embeddings)
+        return self._logits(0)
+
+    def step(self, token: int) -> Logits:
+        self.stepped.append(token)
+        return self._logits(len(self.stepped))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run(script: Script, tokenizer: Tokenizer, limit: int = 4) -> tuple[Iterator[int], Generation]:
+    result = Generation(Timings())
+    options = GenerationOptions(max_new_tokens=limit)
+    return generate(script, PROMPT, options, tokenizer, time.perf_counter(), result), result
+
+
+class TestGenerate:
+    def test_ends_at_eos_which_is_no_part_of_the_answer(self, tokenizer: Tokenizer) -> None:
+        script = Script([300, 301, tokenizer.eos_id, 302])
+        tokens, result = run(script, tokenizer)
+        assert list(tokens) == result.token_ids == [300, 301]
+        assert result.finish == "eos"
+        assert script.stepped == [300, 301]
+        assert (result.timings.new_tokens, result.timings.steps) == (2, 2)
+
+    def test_ends_after_max_new_tokens_and_keeps_the_last(self, tokenizer: Tokenizer) -> None:
+        script = Script([300, 301, 302, 303, 304])
+        tokens, result = run(script, tokenizer)
+        assert list(tokens) == [300, 301, 302, 303]
+        assert result.finish == "length"
+        assert script.stepped == [300, 301, 302], "the last token needs no step"
+
+    def test_one_token_takes_one_prefill_and_no_step(self, tokenizer: Tokenizer) -> None:
+        script = Script([300])
+        tokens, result = run(script, tokenizer, limit=1)
+        assert list(tokens) == [300]
+        assert (script.prefilled, script.stepped, result.timings.tpot) == (5, [], None)
+        assert result.timings.ttft > 0
+
+    def test_eos_at_once_is_an_empty_answer(self, tokenizer: Tokenizer) -> None:
+        tokens, result = run(Script([tokenizer.eos_id]), tokenizer)
+        assert list(tokens) == []
+        assert result.finish == "eos"
+
+    def test_asks_for_room_for_the_prompt_and_the_whole_answer(self, tokenizer: Tokenizer) -> None:
+        script = Script([tokenizer.eos_id])
+        list(run(script, tokenizer, limit=7)[0])
+        assert script.capacity == len(PROMPT) + 7
+
+    def test_nothing_runs_before_the_first_token_is_asked_for(self, tokenizer: Tokenizer) -> None:
+        script = Script([300])
+        tokens, _ = run(script, tokenizer)
+        assert script.opened == 0
+        next(tokens)
+        assert (script.opened, script.closed) == (1, 0)
+
+    def test_closing_it_early_closes_the_state_and_keeps_what_came(self, tokenizer: Tokenizer) -> None:
+        script = Script([300, 301, 302, 303])
+        tokens, result = run(script, tokenizer)
+        assert [next(tokens), next(tokens)] == [300, 301]
+        tokens.close()  # type: ignore[attr-defined]
+        assert script.closed == 1
+        assert result.token_ids == [300, 301]
+
+    def test_dropping_it_closes_the_state(self, tokenizer: Tokenizer) -> None:
+        script = Script([300, 301])
+        tokens, _ = run(script, tokenizer)
+        next(tokens)
+        del tokens
+        assert script.closed == 1
+
+    @pytest.mark.parametrize("fail_at", [0, 1])
+    def test_an_error_of_the_decoder_closes_the_state(self, tokenizer: Tokenizer, fail_at: int) -> None:
+        script = Script([300, 301], fail_at=fail_at)
+        with pytest.raises(RuntimeError, match="the decoder broke"):
+            list(run(script, tokenizer)[0])
+        assert script.closed == 1
+
+    def test_nan_closes_the_state(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        script = Script([300])
+        monkeypatch.setattr(script, "_logits", lambda index: np.full(PIECES + 1, np.nan, np.float32))
+        with pytest.raises(BioMedGPTError, match="nan"):
+            list(run(script, tokenizer)[0])
+        assert script.closed == 1
+
+    def test_the_end_closes_the_state_once(self, tokenizer: Tokenizer) -> None:
+        script = Script([300, tokenizer.eos_id])
+        list(run(script, tokenizer)[0])
+        assert (script.opened, script.closed) == (1, 1)
+
+
+class Spelled:
+    """A tokenizer whose tokens are given texts, for answers cut at any place."""
+
+    def __init__(self, texts: list[str], end: str = "") -> None:
+        self.texts, self.end = texts, end
+
+    def stream(self) -> Spelled:
+        return self
+
+    def push(self, token: int) -> str:
+        return self.texts[token]
+
+    def flush(self) -> str:
+        return self.end
+
+
+def answered(texts: list[str], stop: tuple[str, ...] = (), end: str = "") -> tuple[list[str], bool]:
+    """The pieces given out, as the engine asks for them."""
+    answer = AnswerText(Spelled(texts, end), stop)  # type: ignore[arg-type]
+    pieces = []
+    for token in range(len(texts)):
+        pieces.append(answer.push(token))
+        if answer.stopped:
+            return pieces, True
+    return [*pieces, answer.finish()], answer.stopped
+
+
+def expected_text(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """Letter by letter: the first stop text to be complete ends the answer; of two, the longer."""
+    for end in range(1, len(text) + 1):
+        whole = [mark for mark in stop if text[:end].endswith(mark)]
+        if whole:
+            return text[: end - max(map(len, whole))].strip(), True
+    return text.strip(), False
+
+
+FRAGMENTS = st.lists(st.text("ab# \n", max_size=4), max_size=10)
+STOPS = st.lists(st.text("ab# \n", min_size=1, max_size=4), max_size=3).map(tuple)
+
+
+class TestAnswerText:
+    @given(FRAGMENTS, STOPS, st.sampled_from(["", "\ufffd", "\ufffd\ufffd"]))
+    @example(["a#", "#", "# b"], ("###",), "")
+    @example(["abab", "ab#"], ("abab#",), "")
+    @example(["ab#a"], ("b#a", "#"), "")
+    @example(["a", " ", "\n", "#", "##"], ("\n###",), "")
+    @example(["\n\n", "###"], ("\n\n###",), "")
+    @example([" ", "\n", "a"], ("\n",), "")
+    @example(["a ", "#", " b"], ("###",), "")
+    def test_the_pieces_join_to_the_text_up_to_the_first_complete_stop(
+        self, fragments: list[str], stop: tuple[str, ...], end: str
+    ) -> None:
+        pieces, stopped = answered(fragments, stop, end)
+        assert ("".join(pieces), stopped) == expected_text("".join(fragments) + end, stop)
+
+    @given(FRAGMENTS, STOPS)
+    def test_what_is_given_out_never_has_to_be_taken_back(self, fragments: list[str], stop: tuple[str, ...]) -> None:
+        pieces, _ = answered(fragments, stop)
+        final, _ = expected_text("".join(fragments), stop)
+        given_out = ""
+        for piece in pieces:
+            given_out += piece
+            assert final.startswith(given_out)
+            assert given_out == given_out.strip()
+
+    @given(FRAGMENTS, STOPS)
+    def test_where_the_tokens_end_does_not_matter(self, fragments: list[str], stop: tuple[str, ...]) -> None:
+        whole = "".join(fragments)
+        assert "".join(answered(fragments, stop)[0]) == "".join(answered(list(whole), stop)[0])
+        assert "".join(answered(fragments, stop)[0]) == "".join(answered([whole], stop)[0])
+
+    def test_a_stop_text_is_held_back_while_it_may_come(self) -> None:
+        assert answered(["It is", " #", "#", "# H"], ("###",)) == (["It is", "", "", ""], True)
+        assert answered(["It is", " #", "#", "1"], ("###",)) == (["It is", "", "", " ##1", ""], False)
+
+    def test_of_overlapping_stop_texts_the_first_to_be_complete_counts(self) -> None:
+        assert "".join(answered(["abcdef"], ("abcdef", "cd"))[0]) == "ab"
+        assert "".join(answered(["ab", "cd", "ef"], ("abcdef", "cd"))[0]) == "ab"
+        assert "".join(answered(["xabc"], ("bc", "abc"))[0]) == "x"
+
+    def test_a_stop_text_in_front_gives_an_empty_answer(self) -> None:
+        assert answered([" ", "#", "##"], ("###",)) == (["", "", ""], True)
+
+    def test_the_beginning_of_a_stop_text_at_the_end_is_text(self) -> None:
+        assert answered(["It is ##"], ("###",)) == (["It is", " ##"], False)
+
+    def test_white_space_comes_only_with_what_follows_it(self) -> None:
+        assert answered([" ", " It", " ", "\n", "is", " "]) == (["", "It", "", "", " \nis", "", ""], False)
+
+    def test_an_unfinished_character_comes_at_the_end(self) -> None:
+        assert answered(["It "], end="\ufffd") == (["It", " \ufffd"], False)
+
+    def test_nothing_comes_after_a_stop(self) -> None:
+        answer = AnswerText(Spelled(["a#", "b"], "c"), ("#",))  # type: ignore[arg-type]
+        assert [answer.push(0), answer.push(1), answer.finish()] == ["a", "", ""]
+
+    @given(st.lists(st.one_of(st.integers(0, PIECES - 1), st.integers(3, 258)), max_size=16))
+    def test_over_real_tokens_the_pieces_join_to_the_decoded_text(self, tokenizer: Tokenizer, ids: list[int]) -> None:
+        answer = AnswerText(tokenizer, ())
+        pieces = [answer.push(token) for token in ids]
+        assert "".join([*pieces, answer.finish()]) == tokenizer.decode(ids).strip()
+
+    @pytest.mark.parametrize("stop", ["###", "é", "😀", "</s>"])
+    def test_a_stop_text_is_found_whatever_tokens_spell_it(self, tokenizer: Tokenizer, stop: str) -> None:
+        for ids in (
+            tokenizer.encode(f"It is {stop} so"),
+            [tokenizer._model.PieceToId(f"<0x{value:02X}>") for value in f"It is {stop} so".encode()],
+        ):
+            answer = AnswerText(tokenizer, (stop,))
+            pieces = [answer.push(token) for token in ids]
+            assert "".join([*pieces, answer.finish()]) == "It is"
+            assert answer.stopped
