@@ -1,6 +1,6 @@
 """A bundle is written into a staging folder and appears at its place at once, its manifest last.
 
-Nothing opens as a bundle before the last rename: the manifest carries another name until everything else is on disk.
+Nothing opens as a bundle before it is whole: the manifest carries another name until everything else is on disk.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ class BundleWriter:
     """
 
     def __init__(self, out: Path) -> None:
-        if out.exists() or out.is_symlink():
-            raise OutputExistsError(
-                f"{out} exists already.", seen=str(out), remedy="Give a new folder, or remove this one first."
-            )
         self.out = out
+        self._refuse_existing()
         self.staging = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         self.staging.mkdir(parents=True)
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.out):
+            raise OutputExistsError(
+                f"{self.out} exists already.", seen=str(self.out), remedy="Give a new folder, or remove this one first."
+            )
 
     def entries(self) -> tuple[FileEntry, ...]:
         """Every staged file with its size and hash, sorted by path."""
@@ -45,9 +48,11 @@ class BundleWriter:
         (self.staging / _STAGED_MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for path in [*self.staging.iterdir(), self.staging]:
             _sync(path)
+        os.rename(self.staging / _STAGED_MANIFEST, self.staging / MANIFEST_NAME)
+        _sync(self.staging)
+        # rename() replaces an empty folder without a word, so this cannot rest on the first check alone.
+        self._refuse_existing()
         os.rename(self.staging, self.out)
-        os.rename(self.out / _STAGED_MANIFEST, self.out / MANIFEST_NAME)
-        _sync(self.out)
         _sync(self.out.parent)
 
     def __enter__(self) -> BundleWriter:

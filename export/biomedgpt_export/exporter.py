@@ -14,13 +14,16 @@ import safetensors.numpy
 import torch
 
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
+    MAX_MANIFEST_BYTES,
     DecoderSpec,
     FileEntry,
     Manifest,
     MoleculeEncoderSpec,
     ProteinEncoderSpec,
     TensorFiles,
+    parse_manifest,
 )
 
 from . import parity
@@ -71,6 +74,15 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
     Raises:
         ExportError: the checkpoint cannot be used, the output exists, or the parity tolerance was passed.
     """
+    try:
+        return _export(options, report)
+    except OSError as error:
+        raise ExportError(
+            f"{options.out} cannot be written: {error}.", seen=str(options.out), remedy="Nothing was written."
+        ) from error
+
+
+def _export(options: ExportOptions, report: Report) -> Manifest:
     with BundleWriter(options.out) as writer, open_checkpoint(options.layout.fusion) as checkpoint:
         configs = Configs.read(options.layout, checkpoint)
         family.check_keys(configs, checkpoint)
@@ -79,6 +91,7 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
         linears = export.write_graphs()
         report("hashing the bundle and its sources")
         manifest = export.manifest(linears, writer.entries())
+        _require_readable(manifest)
         staged = Bundle(writer.staging, manifest, digest="")
         measured = parity.measure(staged, configs, export.weights, options.threads, report)
         manifest = export.manifest(linears, manifest.files, measured)
@@ -111,16 +124,14 @@ class _Export:
     def write_tensors(self) -> None:
         """Embeddings, projections, tokenizer and policy."""
         self.report("writing embeddings and projections")
-        dtype = torch.float32 if self.options.precision == "fp32" else torch.float16
-        table = self.weights(f"{LLM}model.embed_tokens.weight")
-        _save_tensors(self.staging / FILES.embeddings, {"weight": table.to(dtype)})
+        _save_tensors(self.staging / FILES.embeddings, {"weight": self._stored(f"{LLM}model.embed_tokens.weight")})
         protein_weight, protein_bias = self._protein_projection()
         _save_tensors(
             self.staging / FILES.projections,
             {
-                "molecule.weight": self.weights("proj_mol.weight").to(dtype),
+                "molecule.weight": self._stored("proj_mol.weight"),
                 "molecule.bias": self.weights("proj_mol.bias").float(),
-                "protein.weight": protein_weight.to(dtype),
+                "protein.weight": self._stored("proj_prot.weight", protein_weight),
                 "protein.bias": protein_bias,
             },
         )
@@ -202,6 +213,20 @@ class _Export:
         gain, shift = self.weights(f"{norm}.weight").double(), self.weights(f"{norm}.bias").double()
         return (weight * gain).float(), (bias + weight @ shift).float()
 
+    def _stored(self, key: str, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor ``key``, or what was made of it, in the dtype in which the bundle stores it.
+
+        Raises:
+            CheckpointError: a value has no finite fp16 counterpart.
+        """
+        dtype = torch.float32 if self.options.precision == "fp32" else torch.float16
+        stored = (self.weights(key) if tensor is None else tensor).to(dtype)
+        if not torch.isfinite(stored).all():
+            raise CheckpointError(
+                f"tensor '{key}' holds values beyond fp16.", seen=key, limit=65504, remedy="Export with precision fp32."
+            )
+        return stored
+
     def _under(self, prefix: str) -> Callable[[str], torch.Tensor]:
         return lambda name: self.weights(prefix + name)
 
@@ -227,6 +252,21 @@ def read_about(path: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise ExportError(f"{path} is not a JSON object.", seen=str(path))
     return about
+
+
+def _require_readable(manifest: Manifest) -> None:
+    """The runtime's own reader decides whether a manifest can be read; sizes and facts come from outside."""
+    try:
+        text = manifest.to_json()
+        parse_manifest(text)
+    except (ValueError, ManifestError) as error:
+        raise ExportError(
+            f"no bundle can hold this model: {error}", remedy="Look at the model's configuration and at --about."
+        ) from error
+    if len(text.encode("utf-8")) > MAX_MANIFEST_BYTES // 2:
+        raise ExportError(
+            "the manifest would be too large.", limit=MAX_MANIFEST_BYTES // 2, remedy="Give fewer facts with --about."
+        )
 
 
 def _recipe(linears: Linears) -> dict[str, Any]:

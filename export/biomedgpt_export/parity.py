@@ -1,7 +1,8 @@
 """Exported against source: the same questions through the graphs and through the source modules.
 
-Two things are measured. *Fidelity* asks whether the graphs compute what the source modules compute with the weights
-that are stored (dequantized, if need be), in float32; it has a tolerance, and an export beyond it does not finish.
+Three things are measured. *Rounding* asks whether the stored weights are those of the checkpoint, to within the steps
+of their precision. *Fidelity* asks whether the graphs compute what the source modules compute with the weights
+that are stored (dequantized, if need be), in float32; both have a tolerance, and an export beyond it does not finish.
 *Loss* is the difference that the stored precision itself makes, against the unquantized source and with the
 arithmetic that runs on a box; it is recorded, and judged on trained models only.
 """
@@ -29,13 +30,15 @@ from biomedgpt_edge.prompt import MoleculeSegment, TokenSegment
 from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
-from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
+from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, esm_tensors, llama_tensors
 from .graphs.linear import Precision
 from .graphs.stored import StoredWeights
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 
 # Largest difference over the largest magnitude. Embeddings of fp16 bundles carry the rounding of projections and GIN.
 EMBEDDING_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int4": 5e-3}
+# Root mean square, in steps. Rounding to the nearest stays below 0.5; being off by one step everywhere is 1.
+ROUNDING_TOLERANCE = 0.75
 LOGITS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-4, "int4": 1e-3}
 
 # Aspirin, and initiation factor IF-1, which the authors' notebook asks about.
@@ -87,8 +90,13 @@ def measure(
         ParityError: fidelity beyond the tolerance, or a value that is not finite.
     """
     precision: Precision = bundle.manifest.precision  # type: ignore[assignment]
-    original = _source(configs, weights)
-    stored = original if precision == "fp32" else _source(configs, _stored_weights(bundle, configs, weights))
+    original = stored = _source(configs, weights)
+    rounding: dict[str, float] = {}
+    if precision != "fp32":
+        report("rounding of the stored weights")
+        matrices = _Matrices(bundle)
+        rounding = matrices.rounding(configs, weights)
+        stored = _source(configs, matrices.replacing(weights))
     with _ExactArithmetic(bundle) as exact:
         fidelity = _fidelity(exact, stored, threads, report)
     _check(fidelity, precision)
@@ -97,6 +105,8 @@ def measure(
         "tolerance": {"embeddings": EMBEDDING_TOLERANCE[precision], "logits": LOGITS_TOLERANCE[precision]},
     }
     if precision != "fp32":
+        result["rounding"] = rounding
+        result["tolerance"]["rounding"] = ROUNDING_TOLERANCE
         result["loss"] = _loss(bundle, original, threads, report)
     return result
 
@@ -200,22 +210,63 @@ def _source(configs: Configs, weights: Weights) -> Source:
     )
 
 
-def _stored_weights(bundle: Bundle, configs: Configs, weights: Weights) -> Weights:
-    """``weights`` with every matrix of decoder and protein encoder replaced by what the bundle holds."""
-    manifest = bundle.manifest
-    decoder = StoredWeights(bundle.file(manifest.decoder.graph))
-    protein = StoredWeights(bundle.file(manifest.protein_encoder.graph)) if manifest.protein_encoder else None
+class _Matrices:
+    """The matrices of decoder and protein encoder as the bundle holds them, by their names in the checkpoint."""
 
-    def stored(key: str) -> torch.Tensor:
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self._spec = manifest.decoder
+        self._decoder = StoredWeights(bundle.file(manifest.decoder.graph))
+        protein = manifest.protein_encoder
+        self._protein = StoredWeights(bundle.file(protein.graph)) if protein else None
+
+    def replacing(self, weights: Weights) -> Weights:
+        """``weights`` with every matrix that the bundle holds replaced by what it holds."""
+
+        def stored(key: str) -> torch.Tensor:
+            place = self._place(key)
+            return weights(key) if place is None else place[0].linear(place[1])[place[2]]
+
+        return stored
+
+    def rounding(self, configs: Configs, weights: Weights) -> dict[str, float]:
+        """Root mean square of (stored - checkpoint), in steps of the stored precision: the worst matrix of each graph.
+
+        Raises:
+            ParityError: a matrix is not that of the checkpoint.
+        """
+        worst = {"decoder": 0.0, "protein_encoder": 0.0}
+        names = [LLM + name for name, _ in llama_tensors(configs.llama, configs.rows)]
+        names += [PROTEIN + name for name, _ in esm_tensors(configs.esm)]
+        for key in names:
+            place = self._place(key)
+            if place is None:
+                continue
+            graph, name, rows = place
+            steps = graph.step(name)[rows]
+            # A group of zeros has no step; it must hold zeros.
+            error = (graph.linear(name)[rows] - weights(key).float()) / torch.where(steps > 0, steps, 1e-30)
+            distance = float(error.square().mean().sqrt())
+            if not distance <= ROUNDING_TOLERANCE:
+                raise ParityError(
+                    f"the stored matrix '{key}' differs from the checkpoint by {distance:.2g} steps of its precision.",
+                    seen=key,
+                    limit=ROUNDING_TOLERANCE,
+                    remedy="Nothing was written. Please report this.",
+                )
+            part = "decoder" if key.startswith(LLM) else "protein_encoder"
+            worst[part] = max(worst[part], _rounded(distance))
+        return worst
+
+    def _place(self, key: str) -> tuple[StoredWeights, str, slice] | None:
+        """Graph, linear layer and rows of it that hold the matrix ``key``; None for what no linear layer holds."""
         if key.startswith(LLM):
-            name = _decoder_linear(key.removeprefix(LLM), manifest.decoder)
-            return weights(key) if name is None else decoder.linear(name[0])[name[1]]
-        if key.startswith(PROTEIN) and protein is not None:
-            match = _ESM_LINEAR.fullmatch(key.removeprefix(PROTEIN))
-            return weights(key) if match is None else protein.linear(f"layers.{match[1]}.{_ESM_PARTS[match[2]]}")
-        return weights(key)
-
-    return stored
+            found = _decoder_linear(key.removeprefix(LLM), self._spec)
+            return None if found is None else (self._decoder, *found)
+        match = _ESM_LINEAR.fullmatch(key.removeprefix(PROTEIN)) if key.startswith(PROTEIN) else None
+        if match is None or self._protein is None:
+            return None
+        return self._protein, f"layers.{match[1]}.{_ESM_PARTS[match[2]]}", slice(None)
 
 
 _LLAMA_LINEAR = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight")

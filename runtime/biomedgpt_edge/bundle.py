@@ -7,6 +7,7 @@ checked: manifest, every path, every size, every header and every offset. Hashes
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ class Bundle:
             BundleCorruptError: a size, header or offset contradicts the manifest.
         """
         root = Path(path)
-        if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
+        if not os.path.isdir(root):
+            what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             raise BundleNotFoundError(
                 f"the bundle {root} {what}.", seen=str(root), remedy="Give the folder that holds manifest.json."
             )
@@ -63,6 +64,7 @@ class Bundle:
         bundle = cls(root, manifest, hashlib.sha256(text).hexdigest())
         bundle._check_files()
         bundle._check_graphs()
+        bundle._check_tensors()
         return bundle
 
     def file(self, name: str) -> Path:
@@ -129,7 +131,8 @@ class Bundle:
         return {entry.path: entry for entry in self.manifest.files}
 
     def _check_files(self) -> None:
-        if len(self._entries) != len(self.manifest.files):
+        # Two names that differ in case alone are one file on some file systems.
+        if len({entry.path.casefold() for entry in self.manifest.files}) != len(self.manifest.files):
             raise ManifestError("the manifest lists a file twice.", remedy=_RE_EXPORT)
         for entry in self.manifest.files:
             size = _regular_file_size(self.path, entry.path)
@@ -157,12 +160,25 @@ class Bundle:
                         remedy=_RE_EXPORT,
                     )
                 length = entry.size - tensor.offset if tensor.length is None else tensor.length
-                if tensor.offset < 0 or length < 0 or tensor.offset + length > entry.size:
+                if length < 0 or tensor.offset + length > entry.size:
                     raise BundleCorruptError(
                         f"{graph} places tensor '{tensor.name[:80]}' at bytes {tensor.offset:,} to "
                         f"{tensor.offset + length:,} of {location}, which has {entry.size:,}.",
                         remedy=_RE_EXPORT,
                     )
+
+    def _check_tensors(self) -> None:
+        """Headers and shapes of what lies outside the graphs; maps the files and reads none of their tensors."""
+        vocabulary, tokenizer = len(self.embeddings.rows), self.tokenizer
+        _ = self.molecule_projection, self.protein_projection
+        if len(tokenizer) > vocabulary or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+            raise BundleCorruptError(
+                f"{self.manifest.tensors.tokenizer} has {len(tokenizer):,} pieces, BOS {tokenizer.bos_id} and EOS "
+                f"{tokenizer.eos_id}; the embedding table has {vocabulary:,} rows.",
+                seen=len(tokenizer),
+                limit=vocabulary,
+                remedy=_RE_EXPORT,
+            )
 
 
 def _manifest_bytes(root: Path) -> bytes:
@@ -176,7 +192,10 @@ def _manifest_bytes(root: Path) -> bytes:
         ) from error
     if size > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{MANIFEST_NAME} has {size:,} bytes.", seen=size, limit=MAX_MANIFEST_BYTES)
-    return (root / MANIFEST_NAME).read_bytes()
+    try:
+        return (root / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{MANIFEST_NAME} in {root} cannot be read: {error.strerror}.", seen=str(root)) from error
 
 
 def _utf8(text: bytes) -> str:
@@ -190,7 +209,7 @@ def _regular_file_size(root: Path, name: str) -> int:
     """Size of a regular file below ``root`` that is reached without leaving it and without links."""
     parts = PurePosixPath(name).parts
     plain = name == "/".join(parts) and "\\" not in name and not PureWindowsPath(name).drive and "\0" not in name
-    if not parts or not plain or name.startswith("/") or ".." in parts:
+    if not parts or not plain or not name.isprintable() or name.startswith("/") or ".." in parts:
         raise UnsafePathError(f"the manifest lists the path {name[:80]!r}.", seen=name[:80], remedy=_RE_EXPORT)
     current = root
     for part in parts:

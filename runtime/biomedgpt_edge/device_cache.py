@@ -12,14 +12,22 @@ import tempfile
 from pathlib import Path
 
 from .bundle import Bundle
+from .errors import PlatformError
 
 
 def cache_folder() -> Path:
-    """``$BIOMEDGPT_EDGE_CACHE``, else ``biomedgpt-edge`` in the user's cache folder."""
+    """``$BIOMEDGPT_EDGE_CACHE``, else ``biomedgpt-edge`` in the user's cache folder.
+
+    Raises:
+        PlatformError: this user has no home folder, as in a container with an arbitrary user id.
+    """
     explicit = os.environ.get("BIOMEDGPT_EDGE_CACHE")
     if explicit:
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomedgpt-edge"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomedgpt-edge"
+    except RuntimeError as error:
+        raise PlatformError("this user has no home folder.", remedy="Set BIOMEDGPT_EDGE_CACHE.") from error
 
 
 def verify_once(bundle: Bundle) -> None:
@@ -29,10 +37,13 @@ def verify_once(bundle: Bundle) -> None:
         BundleCorruptError: see :meth:`Bundle.verify`.
     """
     stamp = _stamp(bundle)
-    path = cache_folder() / "verified" / f"{bundle.digest}.json"
     try:
+        path = cache_folder() / "verified" / f"{bundle.digest}.json"
         if path.read_text(encoding="utf-8") == stamp:
             return
+    except PlatformError:
+        bundle.verify()
+        return
     except (OSError, UnicodeDecodeError):
         pass  # No stamp, or none that can be read: check the hashes.
     bundle.verify()
@@ -52,8 +63,11 @@ def _write_atomic(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return
+    try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError:
-        return
+        Path(temporary).unlink(missing_ok=True)

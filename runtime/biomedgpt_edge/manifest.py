@@ -19,6 +19,7 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA = "biomedgpt-edge/bundle"
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 2**20
+_EXACT_IN_FLOAT = 2**53
 _RE_EXPORT = "Export or copy the bundle again."
 
 
@@ -138,7 +139,9 @@ def parse_manifest(text: str) -> Manifest:
     """
     try:
         raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (json.JSONDecodeError, RecursionError) as error:
+        # What cannot be written again cannot be shown either: half a surrogate pair, a float beyond the largest.
+        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{MANIFEST_NAME} is not JSON: {error}.", remedy=_RE_EXPORT) from error
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise ManifestError(
@@ -212,8 +215,8 @@ def _read_number(kind: Any, bounds: Range, value: Any, where: str) -> Any:
     number = _scalar(kind, value, where)
     if not bounds.low <= number <= bounds.high:
         raise ManifestError(
-            f"'{where}' of {MANIFEST_NAME} is {number}.",
-            seen=number,
+            f"'{where}' of {MANIFEST_NAME} is {str(number)[:60]}.",
+            seen=str(number)[:60],
             limit=f"{bounds.low} to {bounds.high}",
             remedy=f"It must lie between {bounds.low} and {bounds.high}. {_RE_EXPORT}",
         )
@@ -221,7 +224,7 @@ def _read_number(kind: Any, bounds: Range, value: Any, where: str) -> Any:
 
 
 def _scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _EXACT_IN_FLOAT:
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong(where, f"of type {kind.__name__}", value)

@@ -2,26 +2,30 @@
 
 ONNX Runtime resolves external data by the path in the file; a hostile graph could name any path, or an address in
 memory. So every reference is checked against the manifest before a session is opened. Format: onnx.proto (ONNX 1.23)
-over the protobuf wire format.
+over the protobuf wire format; what a parser may read in two ways is refused, since ONNX Runtime's reads it too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from .errors import BundleCorruptError
 
 # A graph file holds no weights, only nodes and references.
-MAX_GRAPH_BYTES = 64 * 2**20
+MAX_GRAPH_BYTES = 16 * 2**20
+MAX_REFERENCES = 100_000
 _MAX_DEPTH = 32
+# Protobuf keeps 32 bits of a tag, so a larger one would be another field to a parser that keeps them all.
+_MAX_TAG = 2**32
 
 # message -> field number -> message it holds; fields that can hold no tensor are skipped.
 _CHILDREN = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node"},
+    "Function": {7: "Node", 11: "Attribute"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Node": {5: "Attribute"},
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
@@ -54,11 +58,17 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
             seen=size, limit=MAX_GRAPH_BYTES, remedy="Export the bundle again.",
         )  # fmt: skip
     try:
-        return list(_tensors(memoryview(path.read_bytes()), "Model", 0))
-    except (_MalformedError, UnicodeDecodeError, ValueError) as error:
+        tensors = list(islice(_tensors(memoryview(path.read_bytes()), "Model", 0), MAX_REFERENCES + 1))
+    except (_MalformedError, UnicodeDecodeError) as error:
         raise BundleCorruptError(
             f"{path.name} is not an ONNX graph: {error}.", remedy="Export or copy the bundle again."
         ) from error
+    if len(tensors) > MAX_REFERENCES:
+        raise BundleCorruptError(
+            f"{path.name} refers to external data in more than {MAX_REFERENCES:,} places.",
+            limit=MAX_REFERENCES, remedy="Export the bundle again.",
+        )  # fmt: skip
+    return tensors
 
 
 class _MalformedError(Exception):
@@ -79,18 +89,27 @@ def _tensors(data: memoryview, message: str, depth: int) -> Iterator[ExternalTen
 
 
 def _reference(data: memoryview) -> Iterator[ExternalTensor]:
-    name, entries, external = "", {}, False
+    name, entries, external = "", dict[str, str](), False
     for number, value in _fields(data):
         if number == _NAME and isinstance(value, memoryview):
             name = bytes(value).decode("utf-8")
         elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
             pair = {n: bytes(v).decode("utf-8") for n, v in _fields(value) if isinstance(v, memoryview)}
-            entries[pair.get(1, "")] = pair.get(2, "")
+            key = pair.get(1, "")
+            if key in entries:
+                raise _MalformedError(f"a tensor has two values for '{key[:20]}'")
+            entries[key] = pair.get(2, "")
         elif number == _DATA_LOCATION:
             external = value == _EXTERNAL
     if external or entries:
-        length = int(entries["length"]) if "length" in entries else None
-        yield ExternalTensor(name, entries.get("location", ""), int(entries.get("offset", "0")), length)
+        length = _number(entries["length"]) if "length" in entries else None
+        yield ExternalTensor(name, entries.get("location", ""), _number(entries.get("offset", "0")), length)
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise _MalformedError(f"{text[:20]!r} is no offset or length")
+    return int(text)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -99,6 +118,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while position < len(data):
         tag, position = _varint(data, position)
         number, wire = tag >> 3, tag & 7
+        if number == 0 or tag >= _MAX_TAG:
+            raise _MalformedError(f"a field at byte {position} has no valid number")
         if wire == 0:
             value, position = _varint(data, position)
             yield number, value

@@ -35,9 +35,12 @@ def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signat
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_FATAL_AND_ERRORS
+    # A file called .ort would be read in ONNX Runtime's own format, which onnx_header has not checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except SESSION_ERRORS as error:
+        # There is nothing to fall back to, and trying prints to the terminal.
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except (*SESSION_ERRORS, UnicodeDecodeError) as error:  # The latter from a message that quotes a damaged name.
         raise BundleCorruptError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}.",
             remedy="Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onnxruntime.",

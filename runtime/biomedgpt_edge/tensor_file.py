@@ -55,13 +55,20 @@ def map_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 def _header(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _corrupt(path, "its header is not an object")
     header.pop("__metadata__", None)
     return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name appears twice")
+    return fields
 
 
 def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:

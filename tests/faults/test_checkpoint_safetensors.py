@@ -86,7 +86,7 @@ def test_a_flipped_bit_in_the_header_is_an_error_or_another_file_of_the_same_byt
         path.write_bytes(damaged)
         try:
             with open_checkpoint(path) as checkpoint:
-                tensors = [checkpoint.tensor(key) for key in checkpoint.keys()]  # noqa: SIM118
+                tensors = [checkpoint.tensor(key) for key in checkpoint.keys()]
         except CheckpointError:
             continue
         assert sum(tensor.nbytes for tensor in tensors) == len(data) - header

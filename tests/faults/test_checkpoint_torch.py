@@ -331,7 +331,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path: Path, small_arch
         path.write_bytes(damaged)
         try:
             with open_checkpoint(path) as checkpoint:
-                read = {key: checkpoint.tensor(key) for key in checkpoint.keys()}  # noqa: SIM118
+                read = {key: checkpoint.tensor(key) for key in checkpoint.keys()}
         except CheckpointError:
             refused += 1
             continue
@@ -346,7 +346,7 @@ def test_bytes_missing_in_the_middle_are_noticed(tmp_path: Path, small_archive: 
         path.write_bytes(small_archive[:start] + small_archive[start + 64 :])
         with pytest.raises(CheckpointError):  # noqa: PT012 - where it is noticed depends on the place
             checkpoint = open_checkpoint(path)
-            for key in checkpoint.keys():  # noqa: SIM118
+            for key in checkpoint.keys():
                 checkpoint.tensor(key)
 
 

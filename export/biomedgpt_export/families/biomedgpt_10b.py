@@ -180,6 +180,8 @@ def llama_tensors(config: LlamaConfig, rows: int) -> Iterator[tuple[str, tuple[i
             if config.attention_bias:
                 yield f"{name}.self_attn.{part}_proj.bias", (size,)
         yield f"{name}.self_attn.o_proj.weight", (hidden, query)
+        if config.attention_bias:
+            yield f"{name}.self_attn.o_proj.bias", (hidden,)
         yield f"{name}.mlp.gate_proj.weight", (inner, hidden)
         yield f"{name}.mlp.up_proj.weight", (inner, hidden)
         yield f"{name}.mlp.down_proj.weight", (hidden, inner)

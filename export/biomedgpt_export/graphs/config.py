@@ -15,7 +15,7 @@ _MAX_CONFIG_BYTES = 2**20
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A Llama-shaped decoder (``LlamaConfig`` of transformers), grouped-query attention and q/k/v biases included."""
+    """A Llama-shaped decoder (``LlamaConfig`` of transformers), with grouped-query attention and attention biases."""
 
     hidden_size: int
     intermediate_size: int
@@ -34,6 +34,8 @@ class LlamaConfig:
     def read(cls, path: Path) -> LlamaConfig:
         """From the ``config.json`` of a Hugging Face model folder."""
         fields = _Fields(path)
+        # Other families use the same tensor names and compute something else with them (Granite, Mistral).
+        fields.require("model_type", "llama", default="llama")
         fields.require("hidden_act", "silu", default="silu")
         fields.require("mlp_bias", False, default=False)
         fields.require("rope_scaling", None, default=None)
@@ -52,10 +54,11 @@ class LlamaConfig:
             attention_bias=fields.boolean("attention_bias", default=False),
             tied_head=fields.boolean("tie_word_embeddings", default=False),
         )
-        if config.heads % config.kv_heads or config.head_size % 8:
+        if config.hidden_size % config.heads or config.heads % config.kv_heads or config.head_size % 16:
             raise ModelConfigError(
-                f"{path} has {config.heads} heads, {config.kv_heads} KV heads and head size {config.head_size}.",
-                remedy="Heads must be a multiple of KV heads, and the head size a multiple of 8.",
+                f"{path} has hidden size {config.hidden_size}, {config.heads} heads, {config.kv_heads} KV heads and "
+                f"head size {config.head_size}.",
+                remedy="The hidden size must be a multiple of the heads, these of the KV heads, the head size of 16.",
             )
         return config
 
@@ -85,6 +88,8 @@ class EsmConfig:
     def read(cls, path: Path) -> EsmConfig:
         """From the ``config.json`` of a Hugging Face model folder."""
         fields = _Fields(path)
+        fields.require("model_type", "esm", default="esm")
+        fields.require("is_folding_model", False, default=False)
         fields.require("position_embedding_type", "rotary")
         fields.require("hidden_act", "gelu")
         fields.require("emb_layer_norm_before", False, default=False)
@@ -160,14 +165,18 @@ class _Fields:
             return self.number("rope_theta", default=10000.0)
         if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
             raise self._wrong("rope_parameters", "plain RoPE", parameters)
-        value = parameters.get("rope_theta", 10000.0)
+        if "rope_theta" not in parameters:
+            return self.number("rope_theta", default=10000.0)
+        value = parameters["rope_theta"]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
             raise self._wrong("rope_parameters.rope_theta", "a positive number", value)
         return float(value)
 
     def require(self, name: str, expected: object, **default: object) -> None:
         """Refuses a model whose ``name`` is anything but what the graphs express."""
-        value = self._values.get(name, default["default"]) if default else self._value(name, None)
+        value = self._values.get(name)
+        if value is None:
+            value = default["default"] if default else self._value(name, None)
         if value != expected:
             raise self._wrong(name, repr(expected), value)
 

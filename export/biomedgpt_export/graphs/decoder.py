@@ -98,7 +98,9 @@ def _attention(
     graph.rename_outputs(f"{name}.attention", [f"{name}.attention", f"present_key.{layer}", f"present_value.{layer}"])
     for part in ("key", "value"):
         graph.output(f"present_{part}.{layer}", TensorProto.FLOAT, shape)
-    return linears.emit(graph, f"{name}.attention", f"{name}.o_proj", weights(f"{key}.o_proj.weight"))
+    # With attention_bias, transformers' Llama has a bias on all four projections.
+    bias = weights(f"{key}.o_proj.bias") if config.attention_bias else None
+    return linears.emit(graph, f"{name}.attention", f"{name}.o_proj", weights(f"{key}.o_proj.weight"), bias)
 
 
 def _norm(graph: GraphBuilder, name: str, source: str, weight: torch.Tensor, config: LlamaConfig) -> str:

@@ -1,0 +1,657 @@
+"""A graph of a bundle can make ONNX Runtime read listed files of the bundle and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from biomedgpt_edge import Molecule
+from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.encoders import Encoders
+from biomedgpt_edge.engine import Engine
+from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
+from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, ExternalTensor, external_tensors
+from biomedgpt_edge.ort_session import open_session
+
+GRAPHS = ["decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"]
+
+
+@contextmanager
+def bounded_memory(limit: int) -> Iterator[None]:
+    """Fails if Python objects inside grow past the limit."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+def external(name: str = "w", **entries: str) -> TensorProto:
+    """A tensor of 16 floats whose bytes lie elsewhere; by default at the start of ``decoder.data``."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[16], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "decoder.data", "offset": "0", "length": "64", **entries}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def model(*initializers: TensorProto, nodes: tuple[NodeProto, ...] = ()) -> ModelProto:
+    """A graph that adds ``w`` to its input."""
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Add", ["x", "w"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [16])],
+        list(initializers),
+    )
+    return helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def install(bundle: Path, content: bytes | ModelProto, name: str = "molecule_encoder.onnx") -> None:
+    """Replaces a graph of the bundle and corrects its size in the manifest, as an attacker would."""
+    data = content if isinstance(content, bytes) else content.SerializeToString()
+    (bundle / name).write_bytes(data)
+    fields = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    next(entry for entry in fields["files"] if entry["path"] == name)["size"] = len(data)
+    (bundle / "manifest.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def add_file(bundle: Path, name: str, content: bytes) -> None:
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_bytes(content)
+    fields = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    fields["files"].append({"path": name, "size": len(content), "sha256": "0" * 64})
+    (bundle / "manifest.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def field(number: int, content: bytes, *, tag: bytes | None = None) -> bytes:
+    return (varint(number << 3 | 2) if tag is None else tag) + varint(len(content)) + content
+
+
+def read(tmp_path: Path, content: bytes | ModelProto) -> list[ExternalTensor]:
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
+    return external_tensors(path)
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_all_references_of_an_exported_graph_are_found(tiny_bundle: Path, name: str) -> None:
+    loaded = onnx.load(str(tiny_bundle / name), load_external_data=False)
+    expected = []
+    for tensor in loaded.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            place = int(entries["offset"]), int(entries["length"])
+            expected.append(ExternalTensor(tensor.name, entries["location"], *place))
+    assert len(expected) > 3
+    assert external_tensors(tiny_bundle / name) == expected
+
+
+def constant(**attributes: Any) -> NodeProto:
+    return helper.make_node("Constant", [], ["hidden"], **attributes)
+
+
+def in_tensor_attribute(secret: TensorProto) -> ModelProto:
+    return model(external(), nodes=(constant(value=secret),))
+
+
+def in_tensors_attribute(secret: TensorProto) -> ModelProto:
+    node = constant()
+    node.attribute.append(AttributeProto(name="values", type=AttributeProto.TENSORS, tensors=[external("a"), secret]))
+    return model(external(), nodes=(node,))
+
+
+def in_sparse_attribute(secret: TensorProto) -> ModelProto:
+    return model(external(), nodes=(constant(sparse_value=onnx.SparseTensorProto(values=secret, dims=[16])),))
+
+
+def in_sparse_attributes(secret: TensorProto) -> ModelProto:
+    node, sparse = constant(), onnx.SparseTensorProto(indices=secret, dims=[16])
+    node.attribute.append(AttributeProto(name="v", type=AttributeProto.SPARSE_TENSORS, sparse_tensors=[sparse]))
+    return model(external(), nodes=(node,))
+
+
+def in_sparse_initializer(secret: TensorProto) -> ModelProto:
+    result = model(external())
+    result.graph.sparse_initializer.append(onnx.SparseTensorProto(values=secret, indices=external("i"), dims=[16]))
+    return result
+
+
+def in_sparse_indices(secret: TensorProto) -> ModelProto:
+    result = model(external())
+    result.graph.sparse_initializer.append(onnx.SparseTensorProto(values=external("v"), indices=secret, dims=[16]))
+    return result
+
+
+def in_subgraph(secret: TensorProto) -> ModelProto:
+    branch = helper.make_graph([], "branch", [], [], [secret])
+    return model(external(), nodes=(helper.make_node("If", ["x"], ["z"], then_branch=branch, else_branch=branch),))
+
+
+def in_nested_subgraph(secret: TensorProto) -> ModelProto:
+    inner = helper.make_graph([constant(value=secret)], "inner", [], [])
+    middle = helper.make_graph([helper.make_node("Loop", [], ["z"], body=inner)], "middle", [], [])
+    node = constant()
+    node.attribute.append(AttributeProto(name="graphs", type=AttributeProto.GRAPHS, graphs=[GraphProto(), middle]))
+    return model(external(), nodes=(node,))
+
+
+def in_function(secret: TensorProto) -> ModelProto:
+    result = model(external())
+    result.functions.add(name="f", domain="d").node.append(constant(value=secret))
+    return result
+
+
+def in_default_of_function_attribute(secret: TensorProto) -> ModelProto:
+    result = model(external())
+    function = result.functions.add(name="f", domain="d")
+    function.attribute_proto.append(AttributeProto(name="a", type=AttributeProto.TENSOR, t=secret))
+    return result
+
+
+def in_training_info(secret: TensorProto) -> ModelProto:
+    result = model(external())
+    result.training_info.add().initialization.initializer.append(secret)
+    return result
+
+
+def in_training_algorithm(secret: TensorProto) -> ModelProto:
+    result = model(external())
+    result.training_info.add().algorithm.initializer.append(secret)
+    return result
+
+
+HIDING_PLACES = [
+    in_tensor_attribute,
+    in_tensors_attribute,
+    in_sparse_attribute,
+    in_sparse_attributes,
+    in_sparse_initializer,
+    in_sparse_indices,
+    in_subgraph,
+    in_nested_subgraph,
+    in_function,
+    in_default_of_function_attribute,
+    in_training_info,
+    in_training_algorithm,
+]
+
+
+@pytest.mark.parametrize("hide", HIDING_PLACES)
+def test_a_reference_is_found_wherever_a_tensor_can_be(
+    bundle_copy: Path, hide: Callable[[TensorProto], ModelProto]
+) -> None:
+    install(bundle_copy, hide(external("secret", location="../secret.bin")))
+    with pytest.raises(UnsafePathError, match=r"molecule_encoder\.onnx refers to '\.\./secret\.bin'"):
+        Bundle.open(bundle_copy)
+
+
+def message_types(descriptor: Any, found: dict[str, Any]) -> dict[str, Any]:
+    if descriptor.full_name not in found:
+        found[descriptor.full_name] = descriptor
+        for child in descriptor.fields:
+            if child.message_type is not None:
+                message_types(child.message_type, found)
+    return found
+
+
+def test_every_message_of_the_installed_onnx_that_can_hold_a_tensor_is_walked() -> None:
+    from biomedgpt_edge.onnx_header import _CHILDREN
+
+    types = message_types(ModelProto.DESCRIPTOR, {})
+    holders = {"TensorProto"}
+    while True:
+        more = {
+            t.name
+            for t in types.values()
+            if any(f.message_type is not None and f.message_type.name in holders for f in t.fields)
+        }
+        if more <= holders:
+            break
+        holders |= more
+    expected = {
+        t.name.removesuffix("Proto"): {
+            f.number: f.message_type.name.removesuffix("Proto")
+            for f in t.fields
+            if f.message_type is not None and f.message_type.name in holders
+        }
+        for t in types.values()
+        if t.name in holders - {"TensorProto"}
+    }
+    assert {name: children for name, children in _CHILDREN.items() if name != "Tensor"} == expected
+
+
+# --- where a reference may lead ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "../secret.bin",
+        "/etc/passwd",
+        "//etc/passwd",
+        "sub/../decoder.data",
+        "sub/decoder.data",
+        "unlisted.bin",
+        "decoder.data\0",
+        "decoder.data\0.txt",
+        "DECODER.DATA",
+        "",
+        ".",
+        "C:\\secret.bin",
+        "..\\secret.bin",
+        "\\\\server\\share",
+        "file:///etc/passwd",
+        "*/_ORT_MEM_ADDR_/*",
+        "manifest.json",
+    ],
+)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_reference_to_anything_but_a_listed_file_is_refused(bundle_copy: Path, name: str, location: str) -> None:
+    (bundle_copy / "unlisted.bin").write_bytes(bytes(64))
+    (bundle_copy.parent / "secret.bin").write_bytes(bytes(64))
+    install(bundle_copy, model(external(location=location)), name)
+    with pytest.raises(UnsafePathError, match=f"{name} refers to"):
+        Bundle.open(bundle_copy)
+
+
+def test_an_address_in_memory_is_no_place_even_where_a_file_has_that_name(bundle_copy: Path) -> None:
+    secret = np.full(16, 42, np.float32)
+    tag = "*/_ORT_MEM_ADDR_/*"
+    add_file(bundle_copy, tag, b"")
+    (bundle_copy / tag).write_bytes(b"")
+    os.truncate(bundle_copy / tag, 4096)
+    fields = json.loads((bundle_copy / "manifest.json").read_text())
+    fields["files"][-1]["size"] = 4096
+    (bundle_copy / "manifest.json").write_text(json.dumps(fields))
+    for offset in (0, secret.ctypes.data):
+        install(bundle_copy, model(external(location=tag, offset=str(offset))))
+        with pytest.raises(BundleError):
+            Encoders(Bundle.open(bundle_copy), threads=1).encode(Molecule.from_smiles("CCO"))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"offset": "532435"},
+        {"offset": "532498", "length": "1"},
+        {"length": "532499"},
+        {"offset": str(2**63)},
+        {"offset": "9" * 19},
+        {"offset": "9" * 5000},
+        {"length": "9" * 5000},
+        {"offset": "-1"},
+        {"offset": "-4", "length": "4"},
+        {"length": "-1"},
+        {"offset": "1e3"},
+        {"offset": "0x10"},
+        {"offset": "1_000"},
+        {"offset": " 1"},
+        {"offset": "٣"},
+        {"offset": ""},
+        {"length": ""},
+        {"offset": "NaN"},
+    ],
+)
+def test_an_offset_or_length_that_leaves_the_file_or_is_no_number_is_refused(
+    bundle_copy: Path, entries: dict[str, str]
+) -> None:
+    assert (bundle_copy / "decoder.data").stat().st_size == 532_498
+    install(bundle_copy, model(external(**entries)))
+    with pytest.raises(BundleCorruptError, match=r"molecule_encoder\.onnx"):
+        Bundle.open(bundle_copy)
+
+
+def test_the_last_byte_of_a_file_may_be_referred_to(bundle_copy: Path) -> None:
+    install(bundle_copy, model(external(offset=str(532_498 - 64))))
+    Bundle.open(bundle_copy)
+
+
+def test_a_missing_offset_is_zero_and_a_missing_length_reaches_to_the_end(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="a.data")
+    assert read(tmp_path, model(tensor)) == [ExternalTensor("w", "a.data", 0, None)]
+
+
+@pytest.mark.parametrize("key", ["location", "offset", "length"])
+def test_two_values_for_one_entry_are_refused(bundle_copy: Path, key: str) -> None:
+    tensor = external(location="../secret.bin")
+    tensor.external_data.add(key=key, value="decoder.data" if key == "location" else "0")
+    install(bundle_copy, model(tensor))
+    with pytest.raises(BundleError, match=r"molecule_encoder\.onnx"):
+        Bundle.open(bundle_copy)
+
+
+def test_entries_count_also_where_the_location_flag_is_missing(bundle_copy: Path) -> None:
+    tensor = external(location="../secret.bin")
+    tensor.ClearField("data_location")
+    install(bundle_copy, model(tensor))
+    with pytest.raises(UnsafePathError):
+        Bundle.open(bundle_copy)
+
+
+# --- encodings that two parsers read differently ----------------------------------------------------------------------
+
+
+def with_initializer_tag(tag: bytes, location: str) -> bytes:
+    """A graph whose initializer's field tag is written as ``tag``."""
+    skeleton = model()
+    graph = skeleton.graph.SerializeToString() + field(5, external(location=location).SerializeToString(), tag=tag)
+    skeleton.ClearField("graph")
+    return skeleton.SerializeToString() + field(7, graph)
+
+
+def test_onnx_runtime_ignores_the_upper_bits_of_a_tag(tmp_path: Path) -> None:
+    # Why the next test is needed: this is another field to a parser that keeps all bits.
+    (tmp_path / "decoder.data").write_bytes(np.arange(16, dtype=np.float32).tobytes())
+    (tmp_path / "m.onnx").write_bytes(with_initializer_tag(b"\xaa\x80\x80\x80\x10", "decoder.data"))
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": np.zeros(16, np.float32)})[0], np.arange(16))
+
+
+@pytest.mark.parametrize("tag", ["aa80808010", "aa808080f001", "aa80808080808080f001", "aa8080808080808010"])
+def test_a_tag_with_bits_beyond_the_32nd_is_refused(bundle_copy: Path, tag: str) -> None:
+    install(bundle_copy, with_initializer_tag(bytes.fromhex(tag), "unlisted.bin"))
+    with pytest.raises(BundleError, match=r"molecule_encoder\.onnx"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("tag", ["2a", "aa00", "aa8000", "aa808000", "aa80808000"])
+def test_a_tag_in_more_bytes_than_it_needs_hides_nothing(bundle_copy: Path, tag: str) -> None:
+    install(bundle_copy, with_initializer_tag(bytes.fromhex(tag), "unlisted.bin"))
+    with pytest.raises(UnsafePathError):
+        Bundle.open(bundle_copy)
+
+
+def test_both_halves_of_a_message_in_two_pieces_are_read(bundle_copy: Path) -> None:
+    # Protobuf merges a message that appears twice where one is expected: here the attribute's tensor.
+    halves = [external(location="decoder.data").SerializeToString(), TensorProto(name="w").SerializeToString()]
+    halves[1] += field(13, field(1, b"location") + field(2, b"../secret.bin"))
+    attribute = AttributeProto(name="value", type=AttributeProto.TENSOR).SerializeToString()
+    attribute += b"".join(field(5, half) for half in halves)
+    node = constant().SerializeToString() + field(5, attribute)
+    skeleton = model(external())
+    graph = skeleton.graph.SerializeToString() + field(1, node)
+    skeleton.ClearField("graph")
+    install(bundle_copy, skeleton.SerializeToString() + field(7, graph))
+    with pytest.raises(BundleError, match=r"molecule_encoder\.onnx"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x00\x00", "no valid number"),
+        (b"\x02\x00", "no valid number"),
+        (b"\x3b\x3c", "wire type 3"),
+        (b"\x3c", "wire type 4"),
+        (b"\x3e", "wire type 6"),
+        (b"\x3f", "wire type 7"),
+        (b"\x3a", "does not end"),
+        (b"\x3a\x05abc", "passes the end"),
+        (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "passes the end"),
+        (b"\x3a" + b"\xff" * 11, "does not end"),
+        (b"\x39\x00\x00", "passes the end"),
+        (b"\xff" * 20, "does not end"),
+        (field(7, field(5, field(8, b"\xff\xfe"))), "utf-8"),
+        (field(7, field(5, field(13, field(1, b"location") + field(2, b"\xff")))), "utf-8"),
+    ],
+)
+def test_malformed_protobuf_is_refused_with_what_is_wrong(tmp_path: Path, content: bytes, what: str) -> None:
+    with pytest.raises(BundleCorruptError, match=f"graph.onnx is not an ONNX graph: .*{what}"):
+        read(tmp_path, content)
+
+
+def test_messages_nested_beyond_any_graph_are_refused(tmp_path: Path) -> None:
+    content = b""
+    for _ in range(100):
+        content = field(1, field(5, field(6, content)))
+    with pytest.raises(BundleCorruptError, match="nested more than"):
+        read(tmp_path, field(7, content))
+
+
+def test_a_graph_file_as_large_as_weights_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    path.touch()
+    os.truncate(path, MAX_GRAPH_BYTES + 1)
+    with bounded_memory(1 << 20), pytest.raises(BundleCorruptError, match="a graph without weights"):
+        external_tensors(path)
+
+
+def test_references_without_end_are_not_collected(tmp_path: Path) -> None:
+    one = field(5, field(13, field(1, b"location") + field(2, b"x")))
+    with bounded_memory(96 << 20), pytest.raises(BundleCorruptError, match="more than 100,000 places"):
+        read(tmp_path, field(7, one * (MAX_REFERENCES + 5)))
+
+
+@given(content=st.binary(max_size=400))
+def test_random_bytes_are_read_or_refused_with_a_typed_error(tmp_path: Path, content: bytes) -> None:
+    try:
+        read(tmp_path, content)
+    except BundleCorruptError as error:
+        message = str(error)
+    else:
+        return
+    assert "graph.onnx" in message
+
+
+@given(name=st.sampled_from(GRAPHS), kept=st.floats(0, 1))
+def test_a_truncated_graph_is_read_or_refused_with_a_typed_error(
+    tiny_bundle: Path, tmp_path: Path, name: str, kept: float
+) -> None:
+    content = (tiny_bundle / name).read_bytes()
+    try:
+        read(tmp_path, content[: int(len(content) * kept)])
+    except BundleCorruptError as error:
+        message = str(error)
+    else:
+        return
+    assert "graph.onnx" in message
+
+
+def tensors_of(message: Any) -> Iterator[TensorProto]:
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for child in value if isinstance(value, list) or hasattr(value, "add") else [value]:
+                yield from tensors_of(child)
+
+
+@given(hide=st.sampled_from(HIDING_PLACES), data=st.data())
+def test_no_damage_hides_a_reference_that_protobuf_itself_sees(
+    tmp_path: Path, hide: Callable[[TensorProto], ModelProto], data: st.DataObject
+) -> None:
+    content = bytearray(hide(external("secret", location="s.bin")).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 3))):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    parsed = ModelProto()
+    try:
+        parsed.ParseFromString(bytes(content))
+    except Exception:  # protobuf's own error type depends on its implementation
+        assume(False)
+    try:
+        found = read(tmp_path, bytes(content))
+    except BundleCorruptError:
+        return
+    locations = {tensor.location for tensor in found}
+    for tensor in tensors_of(parsed):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                assert entry.value in locations
+
+
+# --- what ONNX Runtime makes of it ------------------------------------------------------------------------------------
+
+
+def ort_format_in_protobuf() -> bytes:
+    """A model in ONNX Runtime's own format that also reads as a protobuf message without any tensor.
+
+    A flatbuffer starts with the place of its root, which may be chosen: here its four bytes and the format's mark
+    are harmless protobuf fields, and padding leads to one long field over the rest.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    path = Path(os.environ["BIOMEDGPT_EDGE_CACHE"]) / "plain.ort"
+    options.optimized_model_filepath = str(path)
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [16])],
+    )
+    relu = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)])
+    ort.InferenceSession(relu.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    plain = path.read_bytes()
+    (root,) = struct.unpack("<I", plain[:4])
+    content = bytearray(struct.pack("<I", 0x8018) + plain[4:8] + bytes(0x8018 - root) + plain[8:])
+    rest = len(content) - 91
+    header = next(b"\x12" + varint(rest - 1 - n) for n in (1, 2, 3) if len(varint(rest - 1 - n)) == n)
+    content[91 : 91 + len(header)] = header
+    return bytes(content)
+
+
+def test_a_model_in_the_format_of_onnx_runtime_does_not_pass_for_onnx(bundle_copy: Path) -> None:
+    content = ort_format_in_protobuf()
+    add_file(bundle_copy, "decoder.ort", content)
+    assert ort.InferenceSession(str(bundle_copy / "decoder.ort")).get_inputs()[0].name == "x"
+    fields = json.loads((bundle_copy / "manifest.json").read_text())
+    fields["decoder"]["graph"] = "decoder.ort"
+    (bundle_copy / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(BundleCorruptError, match=r"decoder\.ort"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_session_reads_onnx_whatever_the_file_is_called(tmp_path: Path) -> None:
+    (tmp_path / "graph.ort").write_bytes(ort_format_in_protobuf())
+    signature = {"x": ("tensor(float)", [16])}
+    with pytest.raises(BundleCorruptError, match=r"cannot load graph\.ort"):
+        open_session(tmp_path / "graph.ort", threads=1, inputs=signature, outputs={"y": ("tensor(float)", [16])})
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_foreign_graph_is_refused_with_the_names_that_do_not_fit(bundle_copy: Path, name: str) -> None:
+    install(bundle_copy, model(external()), name)
+    with pytest.raises(BundleCorruptError, match=f"inputs .* of {name} are not what the manifest implies"):
+        use_everything(bundle_copy)
+
+
+def use_everything(path: Path) -> None:
+    from biomedgpt_edge import Protein
+
+    with Engine.load(path, threads=1, verify="sizes") as engine:
+        engine.prepare("?", Molecule.from_smiles("CCO"), Protein.from_sequence("MKT"))
+
+
+def rename_input(graph: GraphProto) -> None:
+    graph.input[0].name = "x"
+    for node in graph.node:
+        node.input[:] = ["x" if name == "atom_type" else name for name in node.input]
+
+
+def make_input_double(graph: GraphProto) -> None:
+    graph.input[2].type.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+def fix_dimension(graph: GraphProto) -> None:
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 9
+
+
+def add_input(graph: GraphProto) -> None:
+    graph.input.append(helper.make_tensor_value_info("extra", TensorProto.FLOAT, []))
+
+
+def add_output(graph: GraphProto) -> None:
+    graph.node.append(helper.make_node("Identity", ["atom_type"], ["extra"]))
+    graph.output.append(helper.make_tensor_value_info("extra", TensorProto.INT64, ["atoms"]))
+
+
+def drop_shape(graph: GraphProto) -> None:
+    graph.input[3].type.tensor_type.ClearField("shape")
+
+
+def unknown_operator(graph: GraphProto) -> None:
+    graph.node[0].op_type = "Gatherer"
+
+
+def unknown_domain(graph: GraphProto) -> None:
+    graph.node[0].domain = "com.example.native"
+
+
+def cycle(graph: GraphProto) -> None:
+    graph.node[2].input[0] = "atom_features"
+
+
+def declare_wrong_size(graph: GraphProto) -> None:
+    tensor = next(t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL)
+    tensor.dims[0] += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rename_input,
+        make_input_double,
+        fix_dimension,
+        add_input,
+        add_output,
+        drop_shape,
+        unknown_operator,
+        unknown_domain,
+        cycle,
+        declare_wrong_size,
+    ],
+)
+def test_a_changed_graph_is_refused_when_it_is_opened(bundle_copy: Path, change: Callable[[GraphProto], None]) -> None:
+    changed = onnx.load(str(bundle_copy / "molecule_encoder.onnx"), load_external_data=False)
+    change(changed.graph)
+    install(bundle_copy, changed)
+    with pytest.raises(BundleCorruptError, match=r"molecule_encoder\.onnx"):
+        use_everything(bundle_copy)
+
+
+def test_a_graph_whose_refusal_cannot_be_quoted_is_refused_all_the_same(
+    bundle_copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = (bundle_copy / "molecule_encoder.onnx").read_bytes()
+    install(bundle_copy, content.replace(b"Gather", b"Gath\xff\xfe"))
+    with pytest.raises(BundleCorruptError, match=r"cannot load molecule_encoder\.onnx"):
+        use_everything(bundle_copy)
+    assert "Falling back" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [1, 100, 3000])
+def test_an_empty_or_cut_graph_is_refused(bundle_copy: Path, cut: int) -> None:
+    content = (bundle_copy / "decoder.onnx").read_bytes()
+    for rest in (b"", content[:-cut]):
+        install(bundle_copy, rest, "decoder.onnx")
+        with pytest.raises(BundleCorruptError, match=r"decoder\.onnx"):
+            use_everything(bundle_copy)
