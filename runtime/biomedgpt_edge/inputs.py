@@ -43,7 +43,7 @@ class Molecule:
     """
 
     smiles: str
-    graph: MoleculeGraph
+    graph: MoleculeGraph = field(repr=False)
     name: str = ""
     notes: tuple[str, ...] = ()
     featurize_seconds: float = field(default=0.0, compare=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -22,7 +23,7 @@ class OptionArguments(TypedDict, total=False):
     top_p: float
     repetition_penalty: float
     seed: int | None
-    stop: tuple[str, ...]
+    stop: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GenerationOptions:
         repetition_penalty: divides (or multiplies, if negative) the logit of every token already generated (CTRL,
             Keskar et al. 2019); 1 is none, 0.01 to 100. The prompt does not count.
         seed: of the draw; the same seed and machine give the same answer. None takes a fresh one.
-        stop: texts that end the answer; they are not part of it.
+        stop: texts that end the answer; they are not part of it. A list or tuple.
 
     Raises:
         OptionError: a value outside its range.
@@ -49,7 +50,7 @@ class GenerationOptions:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, int, 1, 2**20)
@@ -59,8 +60,12 @@ class GenerationOptions:
         _check("repetition_penalty", self.repetition_penalty, float, 0.01, 100.0)
         if self.seed is not None:
             _check("seed", self.seed, int, 0, 2**64 - 1)
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise OptionError("stop must be a tuple of non-empty texts.", seen=self.stop, remedy='Give ("###",).')
+        texts = self.stop if isinstance(self.stop, (list, tuple)) else [None]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise OptionError(
+                f"stop is {str(self.stop)[:40]!r}.", seen=str(self.stop)[:40], remedy='Give a list of texts: ["###"].'
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))
 
 
 class Sampler:
