@@ -39,7 +39,9 @@ from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 EMBEDDING_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int4": 5e-3}
 # Root mean square, in steps. Rounding to the nearest stays below 0.5; being off by one step everywhere is 1.
 ROUNDING_TOLERANCE = 0.75
-LOGITS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-4, "int4": 1e-3}
+# The smallest fp16 scale.
+_SMALLEST_STEP = 2.0**-24
+LOGITS_TOLERANCE = 1e-4
 
 # Aspirin, and initiation factor IF-1, which the authors' notebook asks about.
 _ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
@@ -90,6 +92,8 @@ def measure(
         ParityError: fidelity beyond the tolerance, or a value that is not finite.
     """
     precision: Precision = bundle.manifest.precision  # type: ignore[assignment]
+    if configs.llama.tied_head:
+        weights = _with_head(weights)
     original = stored = _source(configs, weights)
     rounding: dict[str, float] = {}
     if precision != "fp32":
@@ -102,7 +106,7 @@ def measure(
     _check(fidelity, precision)
     result: dict[str, Any] = {
         "fidelity": fidelity,
-        "tolerance": {"embeddings": EMBEDDING_TOLERANCE[precision], "logits": LOGITS_TOLERANCE[precision]},
+        "tolerance": {"embeddings": EMBEDDING_TOLERANCE[precision], "logits": LOGITS_TOLERANCE},
     }
     if precision != "fp32":
         result["rounding"] = rounding
@@ -168,7 +172,7 @@ def _check(fidelity: dict[str, Any], precision: Precision) -> None:
         f"{quantity} of the {name} prompt differ by {value:.1e} (tolerance {limit:.0e})"
         for name, figures in fidelity.items()
         for quantity, value in figures.items()
-        for limit in [limits.get(quantity, LOGITS_TOLERANCE[precision])]
+        for limit in [limits.get(quantity, LOGITS_TOLERANCE)]
         if not value <= limit
     ]
     if beyond:
@@ -210,6 +214,12 @@ def _source(configs: Configs, weights: Weights) -> Source:
     )
 
 
+def _with_head(weights: Weights) -> Weights:
+    """A tied head under its own name: the graph holds it as a matrix of its own, rounded like the others."""
+    head, table = f"{LLM}lm_head.weight", f"{LLM}model.embed_tokens.weight"
+    return lambda key: weights(table if key == head else key)
+
+
 class _Matrices:
     """The matrices of decoder and protein encoder as the bundle holds them, by their names in the checkpoint."""
 
@@ -237,6 +247,7 @@ class _Matrices:
         """
         worst = {"decoder": 0.0, "protein_encoder": 0.0}
         names = [LLM + name for name, _ in llama_tensors(configs.llama, configs.rows)]
+        names += [f"{LLM}lm_head.weight"] * configs.llama.tied_head
         names += [PROTEIN + name for name, _ in esm_tensors(configs.esm)]
         for key in names:
             place = self._place(key)
@@ -244,8 +255,8 @@ class _Matrices:
                 continue
             graph, name, rows = place
             steps = graph.step(name)[rows]
-            # A group of zeros has no step; it must hold zeros.
-            error = (graph.linear(name)[rows] - weights(key).float()) / torch.where(steps > 0, steps, 1e-30)
+            # A group whose values are too small for a step in fp16 holds zeros.
+            error = (graph.linear(name)[rows] - weights(key).float()) / steps.clamp(min=_SMALLEST_STEP)
             distance = float(error.square().mean().sqrt())
             if not distance <= ROUNDING_TOLERANCE:
                 raise ParityError(

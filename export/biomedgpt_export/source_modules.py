@@ -28,8 +28,7 @@ class SourceLlama:
         model = self._model.model
         layer = model.layers[0]
         _load(model.norm, weights, "model.norm")
-        head = weights("model.embed_tokens.weight" if config.tied_head else "lm_head.weight")
-        self._model.lm_head.load_state_dict({"weight": head.float()})
+        self._model.lm_head.load_state_dict({"weight": weights("lm_head.weight").float()})
         layer.register_forward_pre_hook(_LayerLoader(weights, "model.layers", config.layers))
         model.layers = torch.nn.ModuleList([layer] * config.layers)
         self._model.config.num_hidden_layers = config.layers

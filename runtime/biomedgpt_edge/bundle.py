@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
-from .onnx_header import external_tensors
+from .onnx_header import OPERATORS, ExternalTensor, read_header
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
 from .tokenizer import Tokenizer
@@ -146,26 +146,37 @@ class Bundle:
                 )
 
     def _check_graphs(self) -> None:
-        """Every external tensor lies inside a listed file."""
+        """Every external tensor lies inside a listed file, and every operator is one that bundles use."""
         specs = (self.manifest.decoder, self.manifest.molecule_encoder, self.manifest.protein_encoder)
         for graph in [spec.graph for spec in specs if spec is not None]:
-            for tensor in external_tensors(self.file(graph)):
-                # Locations are relative to the graph's own folder.
-                location = str(PurePosixPath(graph).parent / tensor.location)
-                entry = self._entries.get(location)
-                if entry is None:
-                    raise UnsafePathError(
-                        f"{graph} refers to '{tensor.location[:80]}', which the manifest does not list.",
-                        seen=tensor.location[:80],
-                        remedy=_RE_EXPORT,
-                    )
-                length = entry.size - tensor.offset if tensor.length is None else tensor.length
-                if length < 0 or tensor.offset + length > entry.size:
-                    raise BundleCorruptError(
-                        f"{graph} places tensor '{tensor.name[:80]}' at bytes {tensor.offset:,} to "
-                        f"{tensor.offset + length:,} of {location}, which has {entry.size:,}.",
-                        remedy=_RE_EXPORT,
-                    )
+            header = read_header(self.file(graph))
+            for tensor in header.tensors:
+                self._check_reference(graph, tensor)
+            foreign = sorted(".".join(filter(None, operator)) for operator in header.operators - OPERATORS)
+            if foreign:
+                raise BundleCorruptError(
+                    f"{graph} uses operators that no bundle needs: {', '.join(foreign)[:120]!r}.",
+                    seen=[name[:80] for name in foreign[:8]],
+                    remedy="Use bundles of biomedgpt-export only; a newer one may need a newer biomedgpt-edge.",
+                )
+
+    def _check_reference(self, graph: str, tensor: ExternalTensor) -> None:
+        # Locations are relative to the graph's own folder.
+        location = str(PurePosixPath(graph).parent / tensor.location)
+        entry = self._entries.get(location)
+        if entry is None:
+            raise UnsafePathError(
+                f"{graph} refers to {tensor.location[:80]!r}, which the manifest does not list.",
+                seen=tensor.location[:80],
+                remedy=_RE_EXPORT,
+            )
+        length = entry.size - tensor.offset if tensor.length is None else tensor.length
+        if length < 0 or tensor.offset + length > entry.size:
+            raise BundleCorruptError(
+                f"{graph} places tensor {tensor.name[:80]!r} at bytes {tensor.offset:,} to "
+                f"{tensor.offset + length:,} of {location}, which has {entry.size:,}.",
+                remedy=_RE_EXPORT,
+            )
 
     def _check_tensors(self) -> None:
         """Headers and shapes of what lies outside the graphs; maps the files and reads none of their tensors."""

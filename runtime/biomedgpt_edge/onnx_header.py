@@ -1,7 +1,8 @@
-"""Which external data an ONNX file refers to, read from its protobuf encoding without the onnx package.
+"""What an ONNX file refers to and which operators it uses, read from its protobuf encoding without the onnx package.
 
 ONNX Runtime resolves external data by the path in the file; a hostile graph could name any path, or an address in
-memory. So every reference is checked against the manifest before a session is opened. Format: onnx.proto (ONNX 1.23)
+memory. So every reference is checked against the manifest before a session is opened. And a graph is a program: it may
+use the operators of our own exports only, none of which loops, branches or reads files. Format: onnx.proto (ONNX 1.23)
 over the protobuf wire format; what a parser may read in two ways is refused, since ONNX Runtime's reads it too.
 """
 
@@ -32,6 +33,16 @@ _CHILDREN = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
+# domain, operator
+OPERATORS = frozenset(
+    {
+        *(("", name) for name in ("Add", "Cast", "Gather", "Identity", "LayerNormalization", "MatMul", "Mul", "Relu")),
+        *(("", name) for name in ("SimplifiedLayerNormalization", "Squeeze")),
+        *(("com.microsoft", name) for name in ("Gelu", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention")),
+        *(("com.microsoft", name) for name in ("QuickGelu", "RotaryEmbedding", "SkipSimplifiedLayerNormalization")),
+    }
+)
+_NODE_OPERATOR, _NODE_DOMAIN = 4, 7
 _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 8, 13, 14, 1
 
 
@@ -45,8 +56,16 @@ class ExternalTensor:
     length: int | None
 
 
-def external_tensors(path: Path) -> list[ExternalTensor]:
-    """All external references of the graph at ``path``.
+@dataclass(frozen=True)
+class Header:
+    """What a graph file refers to: tensors outside it, and its operators as (domain, name)."""
+
+    tensors: tuple[ExternalTensor, ...]
+    operators: frozenset[tuple[str, str]]
+
+
+def read_header(path: Path) -> Header:
+    """The external references and operators of the graph at ``path``, wherever in it they stand.
 
     Raises:
         BundleCorruptError: not a well-formed ONNX file, or larger than a graph without weights can be.
@@ -57,8 +76,14 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
             f"{path.name} has {size:,} bytes; a graph without weights has fewer than {MAX_GRAPH_BYTES:,}.",
             seen=size, limit=MAX_GRAPH_BYTES, remedy="Export the bundle again.",
         )  # fmt: skip
+    tensors: list[ExternalTensor] = []
+    operators: set[tuple[str, str]] = set()
     try:
-        tensors = list(islice(_tensors(memoryview(path.read_bytes()), "Model", 0), MAX_REFERENCES + 1))
+        for message, data in _messages(memoryview(path.read_bytes()), "Model", 0):
+            if message == "Node":
+                operators.add(_operator(data))
+            else:
+                tensors.extend(islice(_reference(data), MAX_REFERENCES + 1 - len(tensors)))
     except (_MalformedError, UnicodeDecodeError) as error:
         raise BundleCorruptError(
             f"{path.name} is not an ONNX graph: {error}.", remedy="Export or copy the bundle again."
@@ -68,24 +93,32 @@ def external_tensors(path: Path) -> list[ExternalTensor]:
             f"{path.name} refers to external data in more than {MAX_REFERENCES:,} places.",
             limit=MAX_REFERENCES, remedy="Export the bundle again.",
         )  # fmt: skip
-    return tensors
+    return Header(tuple(tensors), frozenset(operators))
 
 
 class _MalformedError(Exception):
     """The bytes are no protobuf message."""
 
 
-def _tensors(data: memoryview, message: str, depth: int) -> Iterator[ExternalTensor]:
+def _messages(data: memoryview, message: str, depth: int) -> Iterator[tuple[str, memoryview]]:
+    """Every node and every tensor, however deep."""
     if depth > _MAX_DEPTH:
         raise _MalformedError(f"messages are nested more than {_MAX_DEPTH} deep")
+    if message in ("Node", "Tensor"):
+        yield message, data
     if message == "Tensor":
-        yield from _reference(data)
         return
     children = _CHILDREN[message]
     for number, value in _fields(data):
         child = children.get(number)
         if child is not None and isinstance(value, memoryview):
-            yield from _tensors(value, child, depth + 1)
+            yield from _messages(value, child, depth + 1)
+
+
+def _operator(data: memoryview) -> tuple[str, str]:
+    texts = {number: bytes(value).decode("utf-8") for number, value in _fields(data)
+             if number in (_NODE_OPERATOR, _NODE_DOMAIN) and isinstance(value, memoryview)}  # fmt: skip
+    return texts.get(_NODE_DOMAIN, ""), texts.get(_NODE_OPERATOR, "")
 
 
 def _reference(data: memoryview) -> Iterator[ExternalTensor]:

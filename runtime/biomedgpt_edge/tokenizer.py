@@ -30,7 +30,7 @@ class Tokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.Load(str(path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise BundleCorruptError(
                 f"{path.name} is not a SentencePiece model: {error}.", remedy="Export or copy the bundle again."
             ) from error

@@ -24,7 +24,7 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.encoders import Encoders
 from biomedgpt_edge.engine import Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
-from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, ExternalTensor, external_tensors
+from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, OPERATORS, ExternalTensor, read_header
 from biomedgpt_edge.ort_session import open_session
 
 GRAPHS = ["decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"]
@@ -93,7 +93,7 @@ def field(number: int, content: bytes, *, tag: bytes | None = None) -> bytes:
 def read(tmp_path: Path, content: bytes | ModelProto) -> list[ExternalTensor]:
     path = tmp_path / "graph.onnx"
     path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
-    return external_tensors(path)
+    return list(read_header(path).tensors)
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_all_references_of_an_exported_graph_are_found(tiny_bundle: Path, name: 
             place = int(entries["offset"]), int(entries["length"])
             expected.append(ExternalTensor(tensor.name, entries["location"], *place))
     assert len(expected) > 3
-    assert external_tensors(tiny_bundle / name) == expected
+    assert list(read_header(tiny_bundle / name).tensors) == expected
 
 
 def constant(**attributes: Any) -> NodeProto:
@@ -440,7 +440,7 @@ def test_a_graph_file_as_large_as_weights_is_not_read(tmp_path: Path) -> None:
     path.touch()
     os.truncate(path, MAX_GRAPH_BYTES + 1)
     with bounded_memory(1 << 20), pytest.raises(BundleCorruptError, match="a graph without weights"):
-        external_tensors(path)
+        read_header(path)
 
 
 def test_references_without_end_are_not_collected(tmp_path: Path) -> None:
@@ -642,7 +642,7 @@ def test_a_graph_whose_refusal_cannot_be_quoted_is_refused_all_the_same(
     bundle_copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     content = (bundle_copy / "molecule_encoder.onnx").read_bytes()
-    install(bundle_copy, content.replace(b"Gather", b"Gath\xff\xfe"))
+    install(bundle_copy, content.replace(b"embedded", b"embedde\xff", 1))
     with pytest.raises(BundleCorruptError, match=r"cannot load molecule_encoder\.onnx"):
         use_everything(bundle_copy)
     assert "Falling back" not in capfd.readouterr().out
@@ -655,3 +655,25 @@ def test_an_empty_or_cut_graph_is_refused(bundle_copy: Path, cut: int) -> None:
         install(bundle_copy, rest, "decoder.onnx")
         with pytest.raises(BundleCorruptError, match=r"decoder\.onnx"):
             use_everything(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "named"), [("Loop", "", "Loop"), ("If", "", "If"), ("Relu", "ai.onnx.ml", "ai.onnx.ml.Relu")]
+)
+def test_an_operator_that_no_bundle_uses_is_refused_by_name(
+    bundle_copy: Path, operator: str, domain: str, named: str
+) -> None:
+    graph = onnx.load(bundle_copy / "molecule_encoder.onnx", load_external_data=False)
+    graph.graph.node[-1].op_type, graph.graph.node[-1].domain = operator, domain
+    install(bundle_copy, graph)
+    with pytest.raises(BundleCorruptError, match=f"uses operators that no bundle needs: '{named}'"):
+        Bundle.open(bundle_copy)
+
+
+def test_every_operator_that_bundles_may_use_is_used_by_one(tiny_bundles: Callable[[str], Path]) -> None:
+    graphs = ("decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx")
+    used = {
+        operator for precision in ("fp32", "int4") for name in graphs
+        for operator in read_header(tiny_bundles(precision) / name).operators
+    }  # fmt: skip
+    assert used == OPERATORS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from biomedgpt_edge.onnx_header import external_tensors
+from biomedgpt_edge.onnx_header import read_header
 from biomedgpt_export.graphs.builder import INLINE_BYTES, LINE, PAGE, GraphBuilder
 from biomedgpt_export.graphs.linear import Linears
 from biomedgpt_export.graphs.stored import StoredWeights
@@ -58,7 +58,7 @@ def test_the_graph_is_valid_onnx_and_runs(tmp_path: Path) -> None:
 
 
 def test_small_tensors_are_inline_and_large_ones_start_on_a_page(tmp_path: Path) -> None:
-    places = {tensor.name: tensor.offset for tensor in external_tensors(build(tmp_path / "a").path)}
+    places = {tensor.name: tensor.offset for tensor in read_header(build(tmp_path / "a").path).tensors}
     assert places.keys() == ARRAYS.keys() - {"scalar", "below"}
     assert all(offset % LINE == 0 for offset in places.values())
     assert places["page"] % PAGE == 0
@@ -76,7 +76,7 @@ def test_a_tensor_added_twice_is_stored_once(tmp_path: Path) -> None:
     for _ in range(2):
         assert graph.tensor("w", np.zeros(1000, np.float32)) == "w"
     graph.save()
-    assert len(external_tensors(graph.path)) == 1
+    assert len(read_header(graph.path).tensors) == 1
     assert (tmp_path / "graph.data").stat().st_size == 4000
 
 
