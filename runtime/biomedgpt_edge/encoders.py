@@ -16,7 +16,7 @@ from .bundle import Bundle
 from .errors import MissingModalityError
 from .inputs import Molecule, Protein
 from .molecule_graph import BOND_DIRECTIONS, BOND_TYPES, dense
-from .ort_session import open_session
+from .ort_session import open_session, running
 from .protein_tokens import residue_ids
 
 # A 1,022-residue protein through ESM-2 3B takes 10 MiB; the bound keeps an 8 GB box safe in a long session.
@@ -73,12 +73,16 @@ class Encoders:
             "adjacency": graph.adjacency,
             "edge_counts": graph.edge_counts,
         }
-        (features,) = self._molecule_session().run(["atom_features"], feeds)
+        session = self._molecule_session()
+        with running("the molecule encoder"):
+            (features,) = session.run(["atom_features"], feeds)
         return np.ascontiguousarray(features)
 
     def _encode_protein(self, protein: Protein) -> Features:
         feeds = {"residue_ids": residue_ids(protein.sequence)[np.newaxis]}
-        (features,) = self._protein_session().run(["residue_features"], feeds)
+        session = self._protein_session()
+        with running("the protein encoder"):
+            (features,) = session.run(["residue_features"], feeds)
         return np.ascontiguousarray(features[0])
 
     def _molecule_session(self) -> ort.InferenceSession:

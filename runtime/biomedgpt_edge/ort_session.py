@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime as ort
@@ -21,8 +22,25 @@ SESSION_ERRORS = (
     ort_state.RuntimeException,
 )
 
+_REMEDY = "Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onnxruntime."
+
 # name -> element type and dimensions; None stands for a dimension that varies.
 Signature = Mapping[str, tuple[str, Sequence[int | None]]]
+
+
+@contextmanager
+def running(graph: str) -> Iterator[None]:
+    """Turns what ONNX Runtime raises while it runs ``graph`` into a typed error.
+
+    Raises:
+        BundleCorruptError: the graph fails although it could be loaded.
+    """
+    try:
+        yield
+    except (*SESSION_ERRORS, UnicodeDecodeError) as error:
+        raise BundleCorruptError(
+            f"ONNX Runtime {ort.__version__} cannot run {graph}: {str(error).splitlines()[0]}.", remedy=_REMEDY
+        ) from error
 
 
 def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signature) -> ort.InferenceSession:
@@ -43,7 +61,7 @@ def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signat
     except (*SESSION_ERRORS, UnicodeDecodeError) as error:  # The latter from a message that quotes a damaged name.
         raise BundleCorruptError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}.",
-            remedy="Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onnxruntime.",
+            remedy=_REMEDY,
         ) from error
     for kind, expected, found in (
         ("inputs", inputs, session.get_inputs()),

@@ -677,3 +677,14 @@ def test_every_operator_that_bundles_may_use_is_used_by_one(tiny_bundles: Callab
         for operator in read_header(tiny_bundles(precision) / name).operators
     }  # fmt: skip
     assert used == OPERATORS
+
+
+def test_a_graph_that_fails_only_when_it_runs_is_a_typed_error(bundle_copy: Path) -> None:
+    graph = onnx.load(bundle_copy / "molecule_encoder.onnx", load_external_data=False)
+    table = next(tensor for tensor in graph.graph.initializer if tensor.name == "x_embedding1")
+    table.dims[0] = 1  # Hydrogen only.
+    length = next(entry for entry in table.external_data if entry.key == "length")
+    length.value = str(int(length.value) // 120)
+    install(bundle_copy, graph)
+    with Engine.load(bundle_copy) as engine, pytest.raises(BundleCorruptError, match="cannot run the molecule encoder"):
+        engine.prepare("Hello", Molecule.from_smiles("C"))

@@ -103,6 +103,23 @@ def test_chat_answers_line_by_line_and_survives_mistakes(
     assert "no medical advice" in err
 
 
+def test_control_characters_of_a_bundle_do_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], tiny_bundle_fp32: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_bundle_fp32.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["name"] = "\x1b]0;title\x07\u202emodel"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    _, out, _ = run(capsys, "inspect", str(copy))
+    _, _, err = run(capsys, "ask", "--bundle", str(copy), "--molecule", "CCO", *SHORT, "Hello")
+    for text in (out, err):
+        assert "\\x1b]0;title\\x07\\u202emodel" in text
+        assert "\x1b" not in text
+
+
 def test_inspect_shows_terms_and_facts(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
     code, out, _ = run(capsys, "inspect", bundle)
     assert code == 0

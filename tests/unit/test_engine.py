@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein
-from biomedgpt_edge.decoder.onnx import OnnxDecoder, OnnxState
-from biomedgpt_edge.errors import ClosedError, InputError, OptionError, PromptTooLongError
+from biomedgpt_edge.decoder.onnx import OnnxDecoder, OnnxState, _allocate
+from biomedgpt_edge.errors import ClosedError, InputError, OptionError, PlatformError, PromptTooLongError
 
 ETHANOL = Molecule.from_smiles("CCO")
 
@@ -185,3 +186,10 @@ def test_a_closed_engine_says_so(tiny_bundle_fp32: Path) -> None:
     engine.close()
     with pytest.raises(ClosedError, match="engine is closed"):
         engine.ask("Hello")
+
+
+def test_a_kv_cache_that_no_memory_holds_is_an_error_with_its_size(tiny_bundle_fp32: Path) -> None:
+    bundle = Engine.load(tiny_bundle_fp32).bundle
+    spec = dataclasses.replace(bundle.manifest.decoder, head_size=2**12, kv_heads=2**12, layers=2**10)
+    with pytest.raises(PlatformError, match=r"KV cache of 1,000,000 positions takes .* GiB"):
+        _allocate(spec, 10**6)

@@ -239,7 +239,7 @@ def _projection_tensors(configs: Configs) -> Iterator[tuple[str, tuple[int, ...]
 
 def _check_protein_alphabet(path: Path, config: EsmConfig) -> None:
     """The runtime's residue ids are ESM-2's; another vocabulary would be read wrongly without a sign."""
-    letters = tuple(path.read_text(encoding="utf-8").split())
+    letters = tuple(path.read_text(encoding="utf-8", errors="replace").split())
     if letters != ALPHABET or config.vocabulary != len(ALPHABET):
         raise ModelConfigError(
             f"{path} is not the alphabet of ESM-2 ({len(letters)} entries, {config.vocabulary} in the configuration).",

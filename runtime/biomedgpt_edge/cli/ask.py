@@ -9,7 +9,7 @@ import sys
 from ..engine import Answer, Engine
 from ..generate import Timings
 from .arguments import add_bundle, add_generation, add_inputs, generation_options, read_inputs
-from .output import policy_lines, tell
+from .output import policy_lines, say, tell
 
 HELP = "answer one question about molecules and proteins"
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
                 tell(f"note: {note}")
             for piece in stream:
                 if not options.json:
-                    print(piece.text, end="", flush=True)
+                    say(piece.text)
         answer = stream.answer
     if options.json:
         print(json.dumps(as_json(answer, engine.bundle.manifest.name), ensure_ascii=False))

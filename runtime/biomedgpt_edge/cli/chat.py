@@ -18,7 +18,7 @@ from .arguments import (
     read_molecule,
     read_protein,
 )
-from .output import policy_lines, tell
+from .output import policy_lines, say, tell
 
 HELP = "talk about molecules and proteins, with memory of what was said"
 
@@ -88,7 +88,7 @@ class _Session:
                 tell(f"note: {note}")
             try:
                 for piece in stream:
-                    print(piece.text, end="", flush=True)
+                    say(piece.text)
             except KeyboardInterrupt:
                 print()
                 tell("stopped; this answer is not remembered")

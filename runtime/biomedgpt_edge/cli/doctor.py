@@ -15,6 +15,7 @@ from ..bundle import Bundle
 from ..device_cache import cache_folder
 from ..engine import DEMO_BUNDLE
 from ..errors import BundleError, PlatformError
+from .output import printable
 
 HELP = "show what this machine has for running bundles, and what is missing"
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         for finding in findings:
             line = f"{'ok' if finding.ok else 'MISSING':<8}{finding.what:<16}{finding.found}"
-            print(f"{line}  -> {finding.remedy}" if finding.remedy else line)
+            print(printable(f"{line}  -> {finding.remedy}" if finding.remedy else line))
     return 0 if all(finding.ok for finding in findings) else PlatformError.exit_code
 
 
@@ -79,7 +80,10 @@ def _accelerators() -> list[Finding]:
 
 
 def _storage() -> list[Finding]:
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except PlatformError as error:
+        return [Finding("cache", error.message, remedy=error.remedy)]
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     writable = os.access(existing, os.W_OK)
     free = shutil.disk_usage(existing).free

@@ -8,7 +8,7 @@ import json
 from ..bundle import Bundle
 from ..engine import DEMO_BUNDLE
 from ..manifest import Manifest
-from .output import policy_lines
+from .output import policy_lines, printable
 
 HELP = "show what a bundle holds, how it was made and under which terms it may be used"
 
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"path": str(bundle.path), "digest": bundle.digest, **json.loads(bundle.manifest.to_json())}))
         return 0
     for line in _lines(bundle):
-        print(line)
+        print(printable(line))
     return 0
 
 

@@ -7,9 +7,19 @@ import sys
 from ..bundle import Bundle
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters shown as escapes: a bundle or an answer must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def tell(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """A part of the answer, on stdout: as it is for a program that reads it, printable for a person."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def policy_lines(bundle: Bundle) -> list[str]:

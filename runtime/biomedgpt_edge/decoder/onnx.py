@@ -6,6 +6,7 @@ in place and copies nothing. A step reuses one binding and one set of buffers an
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ..bundle import Bundle
-from ..errors import ClosedError
+from ..errors import ClosedError, PlatformError
 from ..manifest import DecoderSpec
-from ..ort_session import Signature, open_session
+from ..ort_session import Signature, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
 
@@ -48,11 +49,7 @@ class OnnxState:
         self._table = table
         self._length = 0
         self._capacity = capacity
-        # calloc'ed: pages that no position has reached cost address space, not memory.
-        shape = (1, spec.kv_heads, capacity, spec.head_size)
-        self._cache = {
-            f"{part}.{layer}": np.zeros(shape, np.float32) for layer in range(spec.layers) for part in ("key", "value")
-        }
+        self._cache = _allocate(spec, capacity)
         self._past_length = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._token = np.zeros((1, spec.hidden_size), np.float32)
@@ -125,7 +122,23 @@ class OnnxState:
         return binding
 
     def _run(self, binding: ort.IOBinding) -> None:
-        self._session.run_with_iobinding(binding)
+        with running(self._spec.graph):
+            self._session.run_with_iobinding(binding)
+
+
+def _allocate(spec: DecoderSpec, capacity: int) -> dict[str, npt.NDArray[np.float32]]:
+    """The KV buffers; calloc'ed, so pages that no position has reached cost address space, not memory."""
+    shape = (1, spec.kv_heads, capacity, spec.head_size)
+    names = [f"{part}.{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+    try:
+        return {name: np.zeros(shape, np.float32) for name in names}
+    except (MemoryError, ValueError) as error:
+        size = len(names) * 4 * math.prod(shape)
+        raise PlatformError(
+            f"the KV cache of {capacity:,} positions takes {size / 2**30:,.1f} GiB, which this machine does not give.",
+            seen=size,
+            remedy="Ask for fewer new tokens, or shorten the prompt.",
+        ) from error
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:
