@@ -686,5 +686,8 @@ def test_a_graph_that_fails_only_when_it_runs_is_a_typed_error(bundle_copy: Path
     length = next(entry for entry in table.external_data if entry.key == "length")
     length.value = str(int(length.value) // 120)
     install(bundle_copy, graph)
-    with Engine.load(bundle_copy) as engine, pytest.raises(BundleCorruptError, match="cannot run the molecule encoder"):
+    with (
+        Engine.load(bundle_copy, verify="sizes") as engine,
+        pytest.raises(BundleCorruptError, match="cannot run the molecule encoder"),
+    ):
         engine.prepare("Hello", Molecule.from_smiles("C"))
