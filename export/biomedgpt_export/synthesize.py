@@ -11,7 +11,6 @@ does not grow with the scale.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import secrets
@@ -27,11 +26,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from biomedgpt_edge.protein_tokens import ALPHABET
 from biomedgpt_export.errors import ExportError, OutputExistsError
-
-WEIGHTS = Path("fusion_ckpts/biomedgpt_10b.pth")
-TEXT_FOLDER = Path("text_ckpts/biomedgpt-lm-7b")
-PROTEIN_FOLDER = Path("protein_ckpts/esm2-3b")
+from biomedgpt_export.families.biomedgpt_10b import WEIGHTS
+from biomedgpt_export.families.release_files import ESM_POSITIONS, ReleaseSizes, side_files
 
 _BLOCK_VALUES = 1 << 20
 _MAX_SEED = 1 << 64
@@ -53,7 +51,6 @@ class Scale:
     esm_ffn: int
     gin_hidden: int = 300
     gin_layers: int = 5
-    esm_positions: int = 1026
 
 
 SCALES = {
@@ -152,16 +149,21 @@ def _write_all(folder: Path, scale: Scale, seed: int, report: Callable[[str], No
     free = shutil.disk_usage(folder).free
     if total > free:
         raise ExportError(f"The checkpoint takes {total:,} bytes, but {free:,} are free.", seen=free, limit=total)
-    files: dict[Path, bytes] = {
-        TEXT_FOLDER / "config.json": _json(_text_config(scale)),
-        TEXT_FOLDER / "tokenizer.model": train_tokenizer(scale.pieces),
-        TEXT_FOLDER / "tokenizer_config.json": _json(_text_tokenizer_config(scale)),
-        TEXT_FOLDER / "special_tokens_map.json": _json({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
-        PROTEIN_FOLDER / "config.json": _json(_protein_config(scale)),
-        PROTEIN_FOLDER / "vocab.txt": "\n".join(_ESM_VOCABULARY).encode(),
-        PROTEIN_FOLDER / "tokenizer_config.json": _json({"model_max_length": 1024, "tokenizer_class": "EsmTokenizer"}),
-        PROTEIN_FOLDER / "special_tokens_map.json": _json(_ESM_SPECIAL_TOKENS),
-    }
+    sizes = ReleaseSizes(
+        pieces=scale.pieces,
+        hidden=scale.hidden,
+        layers=scale.layers,
+        heads=scale.heads,
+        ffn=scale.ffn,
+        positions=scale.positions,
+        # The real model's, which differs from what many Llama loaders assume.
+        rms_norm_eps=1e-6,
+        esm_hidden=scale.esm_hidden,
+        esm_layers=scale.esm_layers,
+        esm_heads=scale.esm_heads,
+        esm_ffn=scale.esm_ffn,
+    )
+    files = side_files(sizes, train_tokenizer(scale.pieces))
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("xb") as file:
@@ -225,9 +227,9 @@ def _gin(scale: Scale) -> Iterator[TensorSpec]:
 
 def _esm(scale: Scale) -> Iterator[TensorSpec]:
     width, dtype, root = scale.esm_hidden, "float16", "prot_structure_encoder"
-    positions = scale.esm_positions
+    positions = ESM_POSITIONS
     yield TensorSpec(f"{root}.embeddings.position_ids", (1, positions), "int64", Exact(tuple(range(positions))))
-    yield TensorSpec(f"{root}.embeddings.word_embeddings.weight", (len(_ESM_VOCABULARY), width), dtype, Noise(1.0))
+    yield TensorSpec(f"{root}.embeddings.word_embeddings.weight", (len(ALPHABET), width), dtype, Noise(1.0))
     yield TensorSpec(f"{root}.embeddings.position_embeddings.weight", (positions, width), dtype, Noise(0.02))
     for j in range(scale.esm_layers):
         layer = f"{root}.encoder.layer.{j}"
@@ -368,89 +370,6 @@ def _integer(value: int) -> bytes:
 
 def _integers(values: tuple[int, ...]) -> bytes:
     return b"(" + b"".join(map(_integer, values)) + b"t"
-
-
-# --- configuration files --------------------------------------------------------------------------------------------
-
-_ESM_VOCABULARY = (
-    *("<cls>", "<pad>", "<eos>", "<unk>"),
-    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
-    *("<null_1>", "<mask>"),
-)
-_ESM_SPECIAL_TOKENS = {
-    "cls_token": "<cls>",
-    "eos_token": "<eos>",
-    "mask_token": "<mask>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-}
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _text_config(scale: Scale) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": scale.hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": scale.ffn,
-        "max_position_embeddings": scale.positions,
-        "model_type": "llama",
-        "num_attention_heads": scale.heads,
-        "num_hidden_layers": scale.layers,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-06,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "transformers_version": "4.28.1",
-        "use_cache": False,
-        "vocab_size": scale.pieces,
-    }
-
-
-def _text_tokenizer_config(scale: Scale) -> dict[str, Any]:
-    def special(content: str) -> dict[str, Any]:
-        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-        return {"__type": "AddedToken", "content": content, **flags}
-
-    return {
-        "bos_token": special("<s>"),
-        "clean_up_tokenization_spaces": False,
-        "eos_token": special("</s>"),
-        "model_max_length": scale.positions,
-        "pad_token": None,
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": special("<unk>"),
-    }
-
-
-def _protein_config(scale: Scale) -> dict[str, Any]:
-    return {
-        "architectures": ["EsmForMaskedLM"],
-        "attention_probs_dropout_prob": 0.0,
-        "emb_layer_norm_before": False,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": scale.esm_hidden,
-        "intermediate_size": scale.esm_ffn,
-        "is_folding_model": False,
-        "layer_norm_eps": 1e-05,
-        "mask_token_id": 32,
-        "max_position_embeddings": scale.esm_positions,
-        "model_type": "esm",
-        "num_attention_heads": scale.esm_heads,
-        "num_hidden_layers": scale.esm_layers,
-        "pad_token_id": 1,
-        "position_embedding_type": "rotary",
-        "token_dropout": True,
-        "use_cache": True,
-        "vocab_size": len(_ESM_VOCABULARY),
-    }
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from biomedgpt_edge.manifest import Policy
 from biomedgpt_edge.molecule_graph import BOND_DIRECTIONS, BOND_TYPES
@@ -39,6 +39,11 @@ POLICY = Policy(
         "Answers can be wrong and are no medical advice."
     ),
 )
+
+# The release's layout.
+WEIGHTS = PurePosixPath("fusion_ckpts/biomedgpt_10b.pth")
+TEXT_FOLDER = PurePosixPath("text_ckpts/biomedgpt-lm-7b")
+PROTEIN_FOLDER = PurePosixPath("protein_ckpts/esm2-3b")
 
 LLM, PROTEIN, MOLECULE = "llm.", "prot_structure_encoder.", "mol_structure_encoder."
 GIN_LAYERS = 5
@@ -83,9 +88,9 @@ class Layout:
             )
         root = checkpoint or Path()
         layout = cls(
-            fusion or root / "fusion_ckpts" / "biomedgpt_10b.pth",
-            text or root / "text_ckpts" / "biomedgpt-lm-7b",
-            protein or root / "protein_ckpts" / "esm2-3b",
+            fusion or root / WEIGHTS,
+            text or root / TEXT_FOLDER,
+            protein or root / PROTEIN_FOLDER,
         )
         needed = [layout.fusion, *layout.side_files]
         missing = [str(path) for path in needed if not path.exists()]
