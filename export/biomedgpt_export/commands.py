@@ -10,7 +10,7 @@ from pathlib import Path
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .exporter import ExportOptions, export_bundle, read_about
-from .families.biomedgpt_10b import FAMILY, Layout
+from .families.biomedgpt_10b import FAMILY, POLICY, Layout
 from .graphs.linear import PRECISIONS
 from .synthesize import SCALES, synthesize
 
@@ -55,7 +55,9 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
     parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="of the linear layers (default: int4)")
     parser.add_argument("--name", default="BioMedGPT-10B", help="what the bundle calls itself")
-    parser.add_argument("--about", type=Path, metavar="FILE.json", help="facts to carry in the manifest")
+    parser.add_argument(
+        "--about", type=Path, metavar="FILE.json", help="facts for the manifest; 'policy' in it: own terms"
+    )
     parser.add_argument("--threads", type=int, default=1, help="processor threads for the parity runs (default: 1)")
     parser.set_defaults(run=_run_bundle)
 
@@ -70,9 +72,10 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
 
 def _run_bundle(options: argparse.Namespace) -> None:
     layout = Layout.locate(options.checkpoint, fusion=options.fusion, text=options.text, protein=options.protein)
-    about = read_about(options.about) if options.about else {}
-    export = ExportOptions(layout, options.out, options.precision, options.name, about, options.threads)
-    export_bundle(export, _report)
+    about, policy = read_about(options.about) if options.about else ({}, POLICY)
+    export_bundle(
+        ExportOptions(layout, options.out, options.precision, options.name, about, policy, options.threads), _report
+    )
 
 
 def _run_synthesize(options: argparse.Namespace) -> None:

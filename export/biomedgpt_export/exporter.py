@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from biomedgpt_edge.manifest import (
     FileEntry,
     Manifest,
     MoleculeEncoderSpec,
+    Policy,
     ProteinEncoderSpec,
     TensorFiles,
     parse_manifest,
@@ -56,7 +57,8 @@ class ExportOptions:
         out: the bundle's folder; must not exist.
         precision: of the linear layers of decoder and protein encoder.
         name: what the bundle calls itself.
-        about: free-form facts about the model for its manifest (training data, scores, limits).
+        about: free-form facts about the model for its manifest (training data, scores).
+        policy: the model's terms; the family's, unless the checkpoint is somebody's own.
         threads: processor threads for the parity runs.
     """
 
@@ -65,6 +67,7 @@ class ExportOptions:
     precision: Precision = "int4"
     name: str = "BioMedGPT-10B"
     about: dict[str, Any] = field(default_factory=dict)
+    policy: Policy = family.POLICY
     threads: int = 1
 
 
@@ -136,7 +139,7 @@ class _Export:
             },
         )
         (self.staging / FILES.tokenizer).write_bytes(self.options.layout.tokenizer.read_bytes())
-        policy = family.POLICY
+        policy = self.options.policy
         (self.staging / POLICY_FILE).write_text(
             f"Licence: {policy.licence}\nUse policy: {policy.use_policy}\n{policy.notice}\n", encoding="utf-8"
         )
@@ -192,7 +195,7 @@ class _Export:
             ),
             tensors=FILES,
             prompt=family.PROMPT_TEMPLATE,
-            policy=family.POLICY,
+            policy=self.options.policy,
             files=files,
             sources=self._sources(),
             quantization={name: _recipe(used) for name, used in linears.items()},
@@ -239,19 +242,29 @@ class _Export:
             graph.close()
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """Facts for the manifest from a JSON file.
+def read_about(path: Path) -> tuple[dict[str, Any], Policy]:
+    """Facts for the manifest from a JSON file, and the model's terms: its ``policy``, or else the family's.
 
     Raises:
-        ExportError: not a JSON object.
+        ExportError: not a JSON object, or a policy without its three texts.
     """
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}.", seen=str(path)) from error
     if not isinstance(about, dict):
         raise ExportError(f"{path} is not a JSON object.", seen=str(path))
-    return about
+    terms = about.pop("policy", None)
+    if terms is None:
+        return about, family.POLICY
+    names = [entry.name for entry in fields(Policy)]
+    if not isinstance(terms, dict) or sorted(terms) != sorted(names) or not all(map(_is_text, terms.values())):
+        raise ExportError(f"'policy' in {path} needs the texts {', '.join(names)}.", seen=str(path))
+    return about, Policy(**terms)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _require_readable(manifest: Manifest) -> None:

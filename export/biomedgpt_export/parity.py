@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,18 @@ from biomedgpt_edge import Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
-from biomedgpt_edge.manifest import DecoderSpec, FileEntry
+from biomedgpt_edge.manifest import FileEntry
 from biomedgpt_edge.prompt import MoleculeSegment, TokenSegment
 from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
-from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, esm_tensors, llama_tensors
+from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
 from .graphs.linear import Precision
-from .graphs.stored import StoredWeights
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
+from .stored_model import ROUNDING_TOLERANCE, StoredModel, folded
 
-# Largest difference over the largest magnitude. Embeddings of fp16 bundles carry the rounding of projections and GIN.
-EMBEDDING_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int4": 5e-3}
-# Root mean square, in steps. Rounding to the nearest stays below 0.5; being off by one step everywhere is 1.
-ROUNDING_TOLERANCE = 0.75
-# The smallest fp16 scale.
-_SMALLEST_STEP = 2.0**-24
-LOGITS_TOLERANCE = 1e-4
+# Largest difference over the largest magnitude, the same for every precision: both sides have the same weights.
+TOLERANCE = 1e-4
 
 # Aspirin, and initiation factor IF-1, which the authors' notebook asks about.
 _ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
@@ -98,15 +92,15 @@ def measure(
     rounding: dict[str, float] = {}
     if precision != "fp32":
         report("rounding of the stored weights")
-        matrices = _Matrices(bundle)
-        rounding = matrices.rounding(configs, weights)
-        stored = _source(configs, matrices.replacing(weights))
+        matrices = StoredModel(bundle)
+        rounding = matrices.rounding(configs, folded(weights))
+        stored = _source(configs, matrices.replacing(folded(weights)))
     with _ExactArithmetic(bundle) as exact:
         fidelity = _fidelity(exact, stored, threads, report)
-    _check(fidelity, precision)
+    _check(fidelity)
     result: dict[str, Any] = {
         "fidelity": fidelity,
-        "tolerance": {"embeddings": EMBEDDING_TOLERANCE[precision], "logits": LOGITS_TOLERANCE},
+        "tolerance": {"fidelity": TOLERANCE},
     }
     if precision != "fp32":
         result["rounding"] = rounding
@@ -136,8 +130,10 @@ def _loss(bundle: Bundle, source: Source, threads: int, report: Callable[[str], 
     for name, prompt in _prompts(engine).items():
         report(f"loss against the unquantized source: {name}")
         exported = _exported_logits(bundle, prompt.embeddings, threads)
-        expected = source.logits(source.embeddings(prompt))
+        embeddings = source.embeddings(prompt)
+        expected = source.logits(embeddings)
         figures[name] = {
+            "embeddings": _difference(prompt.embeddings, embeddings),
             "logits": _difference(exported, expected),
             "mean_kl": _rounded(_mean_kl(expected, exported)),
             "top1_agreement": _rounded(float((exported.argmax(1) == expected.argmax(1)).mean())),
@@ -166,14 +162,12 @@ def _stepped_logits(bundle: Bundle, prompt: PreparedPrompt, threads: int) -> Arr
         return np.stack([state.step(int(token)).copy() for token in tokens])
 
 
-def _check(fidelity: dict[str, Any], precision: Precision) -> None:
-    limits = {"embeddings": EMBEDDING_TOLERANCE[precision]}
+def _check(fidelity: dict[str, Any]) -> None:
     beyond = [
-        f"{quantity} of the {name} prompt differ by {value:.1e} (tolerance {limit:.0e})"
+        f"{quantity} of the {name} prompt differ by {value:.1e} (tolerance {TOLERANCE:.0e})"
         for name, figures in fidelity.items()
         for quantity, value in figures.items()
-        for limit in [limits.get(quantity, LOGITS_TOLERANCE)]
-        if not value <= limit
+        if not value <= TOLERANCE
     ]
     if beyond:
         raise ParityError(
@@ -218,95 +212,6 @@ def _with_head(weights: Weights) -> Weights:
     """A tied head under its own name: the graph holds it as a matrix of its own, rounded like the others."""
     head, table = f"{LLM}lm_head.weight", f"{LLM}model.embed_tokens.weight"
     return lambda key: weights(table if key == head else key)
-
-
-class _Matrices:
-    """The matrices of decoder and protein encoder as the bundle holds them, by their names in the checkpoint."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        manifest = bundle.manifest
-        self._spec = manifest.decoder
-        self._decoder = StoredWeights(bundle.file(manifest.decoder.graph))
-        protein = manifest.protein_encoder
-        self._protein = StoredWeights(bundle.file(protein.graph)) if protein else None
-
-    def replacing(self, weights: Weights) -> Weights:
-        """``weights`` with every matrix that the bundle holds replaced by what it holds."""
-
-        def stored(key: str) -> torch.Tensor:
-            place = self._place(key)
-            return weights(key) if place is None else place[0].linear(place[1])[place[2]]
-
-        return stored
-
-    def rounding(self, configs: Configs, weights: Weights) -> dict[str, float]:
-        """Root mean square of (stored - checkpoint), in steps of the stored precision: the worst matrix of each graph.
-
-        Raises:
-            ParityError: a matrix is not that of the checkpoint.
-        """
-        worst = {"decoder": 0.0, "protein_encoder": 0.0}
-        names = [LLM + name for name, _ in llama_tensors(configs.llama, configs.rows)]
-        names += [f"{LLM}lm_head.weight"] * configs.llama.tied_head
-        names += [PROTEIN + name for name, _ in esm_tensors(configs.esm)]
-        for key in names:
-            place = self._place(key)
-            if place is None:
-                continue
-            graph, name, rows = place
-            steps = graph.step(name)[rows]
-            # A group whose values are too small for a step in fp16 holds zeros.
-            error = (graph.linear(name)[rows] - weights(key).float()) / steps.clamp(min=_SMALLEST_STEP)
-            distance = float(error.square().mean().sqrt())
-            if not distance <= ROUNDING_TOLERANCE:
-                raise ParityError(
-                    f"the stored matrix '{key}' differs from the checkpoint by {distance:.2g} steps of its precision.",
-                    seen=key,
-                    limit=ROUNDING_TOLERANCE,
-                    remedy="Nothing was written. Please report this.",
-                )
-            part = "decoder" if key.startswith(LLM) else "protein_encoder"
-            worst[part] = max(worst[part], _rounded(distance))
-        return worst
-
-    def _place(self, key: str) -> tuple[StoredWeights, str, slice] | None:
-        """Graph, linear layer and rows of it that hold the matrix ``key``; None for what no linear layer holds."""
-        if key.startswith(LLM):
-            found = _decoder_linear(key.removeprefix(LLM), self._spec)
-            return None if found is None else (self._decoder, *found)
-        match = _ESM_LINEAR.fullmatch(key.removeprefix(PROTEIN)) if key.startswith(PROTEIN) else None
-        if match is None or self._protein is None:
-            return None
-        return self._protein, f"layers.{match[1]}.{_ESM_PARTS[match[2]]}", slice(None)
-
-
-_LLAMA_LINEAR = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight")
-_ESM_PARTS = {
-    **{f"attention.self.{part}": part for part in ("query", "key", "value")},
-    "attention.output.dense": "attention_output",
-    "intermediate.dense": "intermediate",
-    "output.dense": "output",
-}
-_ESM_LINEAR = re.compile(rf"encoder\.layer\.(\d+)\.({'|'.join(map(re.escape, _ESM_PARTS))})\.weight")
-
-
-def _decoder_linear(key: str, spec: DecoderSpec) -> tuple[str, slice] | None:
-    """The graph's linear layer, and the rows of it, that hold a matrix of the checkpoint."""
-    if key == "lm_head.weight":
-        return "lm_head", slice(None)
-    match = _LLAMA_LINEAR.fullmatch(key)
-    if match is None:
-        return None
-    layer, part = match.groups()
-    query, key_value = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    rows = {
-        "q_proj": slice(0, query),
-        "k_proj": slice(query, query + key_value),
-        "v_proj": slice(query + key_value, query + 2 * key_value),
-    }
-    if part in rows:
-        return f"layers.{layer}.qkv_proj", rows[part]
-    return f"layers.{layer}.{part}", slice(None)
 
 
 class _ExactArithmetic:

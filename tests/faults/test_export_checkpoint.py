@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from biomedgpt_export import exporter
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CheckpointError, ExportError, KeyMismatchError, ModelConfigError
 from biomedgpt_export.exporter import ExportOptions, export_bundle, read_about
+from biomedgpt_export.families import biomedgpt_10b as family
 from biomedgpt_export.families.biomedgpt_10b import Layout
 
 FUSION = Path("fusion_ckpts/biomedgpt_10b.pth")
@@ -351,9 +353,29 @@ def test_a_model_whose_manifest_no_runtime_would_read_is_refused_before_it_is_me
 def test_facts_are_carried_in_the_manifest(tiny_checkpoint: Path, tmp_path: Path) -> None:
     facts = {"trained on": ["a", 1, {"b": None}], "score": 0.5, "name": "分子"}
     (tmp_path / "about.json").write_text(json.dumps(facts))
-    about = read_about(tmp_path / "about.json")
-    export(Layout.locate(tiny_checkpoint), tmp_path / "bundle", about=about)
-    assert Bundle.open(tmp_path / "bundle").manifest.about == facts
+    about, policy = read_about(tmp_path / "about.json")
+    export(Layout.locate(tiny_checkpoint), tmp_path / "bundle", about=about, policy=policy)
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert manifest.about == facts
+    assert manifest.policy == family.POLICY
+
+
+def test_a_model_of_ones_own_carries_its_own_terms(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    terms = {"licence": "MIT", "use_policy": "https://example.org", "notice": "Ours."}
+    (tmp_path / "about.json").write_text(json.dumps({"policy": terms, "score": 1}))
+    about, policy = read_about(tmp_path / "about.json")
+    export(Layout.locate(tiny_checkpoint), tmp_path / "bundle", about=about, policy=policy)
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert dataclasses.asdict(manifest.policy) == terms
+    assert manifest.about == {"score": 1}
+    assert (tmp_path / "bundle" / "POLICY.txt").read_text().startswith("Licence: MIT\n")
+
+
+@pytest.mark.parametrize("terms", ["MIT", {}, {"licence": "MIT"}, {"licence": 1, "use_policy": "", "notice": ""}])
+def test_incomplete_terms_are_refused(tmp_path: Path, terms: object) -> None:
+    (tmp_path / "about.json").write_text(json.dumps({"policy": terms}))
+    with pytest.raises(ExportError, match="needs the texts licence, use_policy, notice"):
+        read_about(tmp_path / "about.json")
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b"3"])
