@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     inputs = read_inputs(options)
     with Engine.load(options.bundle, threads=options.threads) as engine:
         if not options.quiet and not options.json:
-            tell(" ".join(policy_lines(engine.bundle)[:-1]))
+            tell(policy_lines(engine.bundle)[0])
         with engine.stream(options.question, *inputs, **generation_options(options)) as stream:
             for note in stream.notes:
                 tell(f"note: {note}")

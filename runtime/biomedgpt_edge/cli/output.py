@@ -25,9 +25,7 @@ def say(text: str) -> None:
 def policy_lines(bundle: Bundle) -> list[str]:
     """The terms under which the bundle's model may be used."""
     manifest = bundle.manifest
-    lines = [f"{manifest.name} ({manifest.family}, {manifest.precision}). {manifest.policy.notice}"]
-    limits = manifest.about.get("limits")
-    if isinstance(limits, str):
-        lines.append(limits)
-    lines.append(f"Use policy: {manifest.policy.use_policy}  Licence: {manifest.policy.licence}")
-    return lines
+    return [
+        f"{manifest.name} ({manifest.family}, {manifest.precision}). {manifest.policy.notice}",
+        f"Use policy: {manifest.policy.use_policy}  Licence: {manifest.policy.licence}",
+    ]
