@@ -5,18 +5,18 @@ Nothing opens as a bundle before it is whole: the manifest carries another name 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from biomedgpt_edge.bundle import sha256_of
 from biomedgpt_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 from .errors import OutputExistsError
 
-_CHUNK = 2**22
 _STAGED_MANIFEST = f"{MANIFEST_NAME}.staged"
 
 
@@ -39,9 +39,13 @@ class BundleWriter:
                 f"{self.out} exists already.", seen=str(self.out), remedy="Give a new folder, or remove this one first."
             )
 
-    def entries(self) -> tuple[FileEntry, ...]:
+    def entries(self, report: Callable[[str], None]) -> tuple[FileEntry, ...]:
         """Every staged file with its size and hash, sorted by path."""
-        return tuple(file_entry(path, path.name) for path in sorted(self.staging.iterdir()))
+        entries = []
+        for path in sorted(self.staging.iterdir()):
+            report(f"hashing {path.name} ({path.stat().st_size:,} bytes)")
+            entries.append(file_entry(path, path.name))
+        return tuple(entries)
 
     def commit(self, manifest: Manifest) -> None:
         """Writes the manifest, brings everything to disk and moves the bundle to its place."""
@@ -67,11 +71,7 @@ class BundleWriter:
 
 def file_entry(path: Path, name: str) -> FileEntry:
     """Size and SHA-256 of a file, under the name it shall be listed with."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return FileEntry(name, path.stat().st_size, digest.hexdigest())
+    return FileEntry(name, path.stat().st_size, sha256_of(path))
 
 
 def _sync(path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from biomedgpt_edge.errors import BioMedGPTError
 
@@ -18,6 +20,8 @@ from .synthesize import SCALES, synthesize
 def run(arguments: Sequence[str] | None) -> int:
     """Runs one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    # So that being terminated removes what is half written, as being interrupted does.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         options.run(options)
     except BioMedGPTError as error:
@@ -29,11 +33,16 @@ def run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="biomedgpt-export",
         description="Export BioMedGPT checkpoints as bundles.",
-        epilog="exit codes: 0 done, 2 wrong usage, 3 input, 5 missing packages, 6 the export cannot start or finish",
+        epilog="exit codes: 0 done, 2 wrong usage, 3 input, 4 the bundle does not work, 5 missing packages or memory, "
+        "6 the export cannot start or finish, 130 interrupted",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_bundle(commands.add_parser("bundle", help="export a checkpoint as a bundle"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.o
 FILES = TensorFiles("embeddings.safetensors", "projections.safetensors", "tokenizer.model")
 POLICY_FILE = "POLICY.txt"
 
+MAX_THREADS = 1024
+
 Report = Callable[[str], None]
 
 
@@ -77,11 +80,15 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
     Raises:
         ExportError: the checkpoint cannot be used, the output exists, or the parity tolerance was passed.
     """
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise ExportError(f"threads is {options.threads}.", seen=options.threads, limit=f"1 to {MAX_THREADS}")
+    # The source modules of the parity runs use torch's own pool.
+    torch.set_num_threads(options.threads)
     try:
         return _export(options, report)
     except OSError as error:
         raise ExportError(
-            f"{options.out} cannot be written: {error}.", seen=str(options.out), remedy="Nothing was written."
+            f"a file cannot be read or written: {error}.", seen=str(error.filename), remedy="Nothing was written."
         ) from error
 
 
@@ -92,10 +99,10 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         export = _Export(options, configs, checkpoint, writer.staging, report)
         export.write_tensors()
         linears = export.write_graphs()
-        report("hashing the bundle and its sources")
-        manifest = export.manifest(linears, writer.entries())
+        manifest = export.manifest(linears, writer.entries(report))
         _require_readable(manifest)
         staged = Bundle(writer.staging, manifest, digest="")
+        staged.check()
         measured = parity.measure(staged, configs, export.weights, options.threads, report)
         manifest = export.manifest(linears, manifest.files, measured)
         writer.commit(manifest)
@@ -151,8 +158,9 @@ class _Export:
         # 300 and 600 columns gain nothing from groups, and the whole encoder is 4 MB: it stays fp16 in int4 bundles.
         linears = {
             MOLECULE_ENCODER: Linears("fp16" if precision == "int4" else precision),
-            PROTEIN_ENCODER: Linears(precision, quantizer),
-            DECODER: Linears(precision, quantizer),
+            # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten.
+            PROTEIN_ENCODER: Linears(precision, quantizer, activations="fp32"),
+            DECODER: Linears(precision, quantizer, activations="int8"),
         }
         self.report("molecule encoder")
         self._build(MOLECULE_ENCODER, lambda graph: build_gin(
@@ -197,17 +205,22 @@ class _Export:
             prompt=family.PROMPT_TEMPLATE,
             policy=self.options.policy,
             files=files,
-            sources=self._sources(),
+            sources=self._sources,
             quantization={name: _recipe(used) for name, used in linears.items()},
             parity=measured or {},
             about=self.options.about,
         )
 
+    @cached_property
     def _sources(self) -> tuple[FileEntry, ...]:
-        paths = [*self.checkpoint.files, *self.options.layout.side_files]
-        if not hasattr(self, "_source_entries"):
-            self._source_entries = tuple(file_entry(path, f"{path.parent.name}/{path.name}") for path in paths)
-        return self._source_entries
+        """What the bundle is made from, named by the part it plays, so that folder names change no byte."""
+        shards = self.checkpoint.files
+        names = ["fusion"] if len(shards) == 1 else [f"fusion/{path.name}" for path in shards]
+        entries = []
+        for name, path in [*zip(names, shards, strict=True), *self.options.layout.side_files.items()]:
+            self.report(f"hashing {path.name} ({path.stat().st_size:,} bytes)")
+            entries.append(file_entry(path, name))
+        return tuple(entries)
 
     def _protein_projection(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``proj_prot`` with the gain and shift of the encoder's final LayerNorm folded in."""
@@ -290,6 +303,7 @@ def _recipe(linears: Linears) -> dict[str, Any]:
             "symmetric": True,
             "zero_point": ZERO_POINT,
             "scales": "fp16",
+            "activations": linears.activations,
             "weights_by_group_size": {str(size): count for size, count in sorted(linears.group_sizes.items())},
             "zero_padded": linears.padded,
         }

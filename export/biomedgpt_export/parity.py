@@ -30,7 +30,7 @@ from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
 from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
-from .graphs.linear import Precision
+from .graphs.linear import ACCURACY_LEVELS, Precision
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 from .stored_model import ROUNDING_TOLERANCE, StoredModel, folded
 
@@ -88,13 +88,13 @@ def measure(
     precision: Precision = bundle.manifest.precision  # type: ignore[assignment]
     if configs.llama.tied_head:
         weights = _with_head(weights)
-    original = stored = _source(configs, weights)
+    original = stored = _source(configs, weights, report)
     rounding: dict[str, float] = {}
     if precision != "fp32":
         report("rounding of the stored weights")
         matrices = StoredModel(bundle)
         rounding = matrices.rounding(configs, folded(weights))
-        stored = _source(configs, matrices.replacing(folded(weights)))
+        stored = _source(configs, matrices.replacing(folded(weights)), report)
     with _ExactArithmetic(bundle) as exact:
         fidelity = _fidelity(exact, stored, threads, report)
     _check(fidelity)
@@ -111,25 +111,27 @@ def measure(
 
 def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    engine = Engine(bundle, OnnxDecoder(bundle, threads=threads), threads=threads)
+    decoder = OnnxDecoder(bundle, threads=threads)
+    engine = Engine(bundle, decoder, threads=threads)
     for name, prompt in _prompts(engine).items():
         report(f"parity with the source modules: {name}")
-        exported = _exported_logits(bundle, prompt.embeddings, threads)
+        exported = _exported_logits(decoder, prompt.embeddings)
         expected = source.logits(prompt.embeddings)
         figures[name] = {
             "embeddings": _difference(prompt.embeddings, source.embeddings(prompt)),
             "logits": _difference(exported, expected),
-            "cached_logits": _difference(_stepped_logits(bundle, prompt, threads), expected[-_STEPS:]),
+            "cached_logits": _difference(_stepped_logits(decoder, prompt), expected[-_STEPS:]),
         }
     return figures
 
 
 def _loss(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    engine = Engine(bundle, OnnxDecoder(bundle, threads=threads), threads=threads)
+    decoder = OnnxDecoder(bundle, threads=threads)
+    engine = Engine(bundle, decoder, threads=threads)
     for name, prompt in _prompts(engine).items():
         report(f"loss against the unquantized source: {name}")
-        exported = _exported_logits(bundle, prompt.embeddings, threads)
+        exported = _exported_logits(decoder, prompt.embeddings)
         embeddings = source.embeddings(prompt)
         expected = source.logits(embeddings)
         figures[name] = {
@@ -149,15 +151,15 @@ def _prompts(engine: Engine) -> dict[str, PreparedPrompt]:
     }
 
 
-def _exported_logits(bundle: Bundle, embeddings: Array, threads: int) -> Array:
-    with OnnxDecoder(bundle, threads=threads).open(len(embeddings)) as state:
+def _exported_logits(decoder: OnnxDecoder, embeddings: Array) -> Array:
+    with decoder.open(len(embeddings)) as state:
         return state.logits(embeddings, np.arange(len(embeddings)))
 
 
-def _stepped_logits(bundle: Bundle, prompt: PreparedPrompt, threads: int) -> Array:
+def _stepped_logits(decoder: OnnxDecoder, prompt: PreparedPrompt) -> Array:
     """The last positions again, through the KV cache: a prefill without them, then one step each."""
     tokens = prompt.token_ids[-_STEPS:]
-    with OnnxDecoder(bundle, threads=threads).open(len(prompt)) as state:
+    with decoder.open(len(prompt)) as state:
         state.prefill(prompt.embeddings[:-_STEPS])
         return np.stack([state.step(int(token)).copy() for token in tokens])
 
@@ -196,13 +198,13 @@ def _rounded(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def _source(configs: Configs, weights: Weights) -> Source:
+def _source(configs: Configs, weights: Weights, report: Callable[[str], None]) -> Source:
     def under(prefix: str) -> Weights:
         return lambda name: weights(prefix + name)
 
     return Source(
-        SourceLlama(configs.llama, configs.rows, under(LLM)),
-        SourceEsm(configs.esm, under(PROTEIN)),
+        SourceLlama(configs.llama, configs.rows, under(LLM), report),
+        SourceEsm(configs.esm, under(PROTEIN), report),
         SourceGin(configs.gin, under(MOLECULE)),
         weights,
     )
@@ -246,7 +248,7 @@ class _ExactArithmetic:
         for node in model.graph.node:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
-                    attribute.i = 1  # float32
+                    attribute.i = ACCURACY_LEVELS["fp32"]
         copy = graph.with_name(f"{graph.stem}.exact.onnx")
         copy.write_bytes(model.SerializeToString())
         self._copies.append(copy)

@@ -16,6 +16,10 @@ from biomedgpt_edge.protein_tokens import ALPHABET
 from .graphs.config import EsmConfig, GinConfig, LlamaConfig
 
 Weights = Callable[[str], torch.Tensor]
+Report = Callable[[str], None]
+
+# From here on a pass through the source modules takes long enough for a person to wonder.
+_MANY_LAYERS = 12
 
 PAD_ID, MASK_ID = ALPHABET.index("<pad>"), ALPHABET.index("<mask>")
 
@@ -23,13 +27,13 @@ PAD_ID, MASK_ID = ALPHABET.index("<pad>"), ALPHABET.index("<mask>")
 class SourceLlama:
     """``LlamaForCausalLM`` in float32."""
 
-    def __init__(self, config: LlamaConfig, rows: int, weights: Weights) -> None:
+    def __init__(self, config: LlamaConfig, rows: int, weights: Weights, report: Report) -> None:
         self._model = transformers.LlamaForCausalLM(_llama_config(config, rows)).eval()
         model = self._model.model
         layer = model.layers[0]
         _load(model.norm, weights, "model.norm")
         self._model.lm_head.load_state_dict({"weight": weights("lm_head.weight").float()})
-        layer.register_forward_pre_hook(_LayerLoader(weights, "model.layers", config.layers))
+        layer.register_forward_pre_hook(_LayerLoader(weights, "model.layers", config.layers, report))
         model.layers = torch.nn.ModuleList([layer] * config.layers)
         self._model.config.num_hidden_layers = config.layers
 
@@ -43,13 +47,13 @@ class SourceLlama:
 class SourceEsm:
     """``EsmModel`` in float32."""
 
-    def __init__(self, config: EsmConfig, weights: Weights) -> None:
+    def __init__(self, config: EsmConfig, weights: Weights, report: Report) -> None:
         self._model = transformers.EsmModel(_esm_config(config), add_pooling_layer=False).eval()
         encoder = self._model.encoder
         layer = encoder.layer[0]
         _load(self._model.embeddings.word_embeddings, weights, "embeddings.word_embeddings")
         _load(encoder.emb_layer_norm_after, weights, "encoder.emb_layer_norm_after")
-        layer.register_forward_pre_hook(_LayerLoader(weights, "encoder.layer", config.layers))
+        layer.register_forward_pre_hook(_LayerLoader(weights, "encoder.layer", config.layers, report))
         encoder.layer = torch.nn.ModuleList([layer] * config.layers)
 
     @torch.inference_mode()
@@ -104,13 +108,16 @@ class SourceGin(torch.nn.Module):
 class _LayerLoader:
     """A hook that loads the next layer's weights before each call of the one layer there is."""
 
-    def __init__(self, weights: Weights, prefix: str, layers: int) -> None:
+    def __init__(self, weights: Weights, prefix: str, layers: int, report: Report) -> None:
+        self._report = report
         self._weights = weights
         self._prefix = prefix
         self._layers = layers
         self._next = 0
 
     def __call__(self, module: torch.nn.Module, arguments: object) -> None:
+        if self._layers >= _MANY_LAYERS:
+            self._report(f"  {self._prefix} {self._next + 1} of {self._layers}")
         _load(module, self._weights, f"{self._prefix}.{self._next}")
         self._next = (self._next + 1) % self._layers
 

@@ -1,9 +1,15 @@
 """Questions about molecules and proteins, answered on the box where the data is."""
 
-from .engine import Answer, AnswerStream, Chat, Engine, Piece, PreparedPrompt
-from .errors import BioMedGPTError
-from .inputs import Molecule, Protein
-from .sampling import GenerationOptions
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Answer, AnswerStream, Chat, Engine, Piece, PreparedPrompt
+    from .errors import BioMedGPTError
+    from .inputs import Molecule, Protein
+    from .sampling import GenerationOptions
 
 __all__ = [
     "Answer",
@@ -17,3 +23,21 @@ __all__ = [
     "PreparedPrompt",
     "Protein",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("Answer", "AnswerStream", "Chat", "Engine", "Piece", "PreparedPrompt"), "engine"),
+    "BioMedGPTError": "errors",
+    **dict.fromkeys(("Molecule", "Protein"), "inputs"),
+    "GenerationOptions": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used, so that ``doctor`` runs where a dependency is missing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -26,6 +28,8 @@ from .tensor_file import map_tensors
 from .tokenizer import Tokenizer
 
 _CHUNK = 2**22
+# How the exporter names the folder that it writes into until the bundle is whole.
+_STAGING = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 _RE_EXPORT = "Export or copy the bundle again."
 
 
@@ -53,19 +57,34 @@ class Bundle:
             UnsafePathError: a listed path leaves the folder or goes through a link.
             BundleCorruptError: a size, header or offset contradicts the manifest.
         """
-        root = Path(path)
+        # Encoders open later, when the working directory may be another.
+        root = Path(os.path.abspath(path))
+        if _STAGING.fullmatch(root.name):
+            raise BundleNotFoundError(
+                f"{root} is what an interrupted export left behind.",
+                seen=str(root),
+                remedy="Remove it and export again.",
+            )
         if not os.path.isdir(root):
             what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             raise BundleNotFoundError(
                 f"the bundle {root} {what}.", seen=str(root), remedy="Give the folder that holds manifest.json."
             )
         text = _manifest_bytes(root)
-        manifest = parse_manifest(_utf8(text))
-        bundle = cls(root, manifest, hashlib.sha256(text).hexdigest())
-        bundle._check_files()
-        bundle._check_graphs()
-        bundle._check_tensors()
+        bundle = cls(root, parse_manifest(_utf8(text)), hashlib.sha256(text).hexdigest())
+        bundle.check()
         return bundle
+
+    def check(self) -> None:
+        """Compares every file's size, headers, references and shapes with the manifest; hashes are not computed.
+
+        Raises:
+            BundleError: see :meth:`open`.
+        """
+        with _reading(self.path):
+            self._check_files()
+            self._check_graphs()
+            self._check_tensors()
 
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists."""
@@ -81,7 +100,8 @@ class Bundle:
         """
         bad = []
         for entry in self.manifest.files:
-            good = _sha256(self.path / entry.path) == entry.sha256
+            with _reading(self.path):
+                good = sha256_of(self.path / entry.path) == entry.sha256
             if report is not None:
                 report(entry, good)
             if not good:
@@ -258,7 +278,20 @@ def _tensor(
     return tensor
 
 
-def _sha256(path: Path) -> str:
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a typed error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        name = Path(error.filename).name if isinstance(error.filename, (str, os.PathLike)) else "a file"
+        raise BundleError(
+            f"{name} in the bundle {root} cannot be read: {error.strerror}.", seen=name, remedy="Check its permissions."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

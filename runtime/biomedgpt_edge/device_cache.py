@@ -6,6 +6,7 @@ size and times, so a file that was replaced or rewritten is hashed again. Nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -38,7 +39,9 @@ def verify_once(bundle: Bundle) -> None:
     """
     stamp = _stamp(bundle)
     try:
-        path = cache_folder() / "verified" / f"{bundle.digest}.json"
+        # By place too: two copies of one bundle, as in A/B updates, each keep their stamp.
+        place = hashlib.sha256(os.fsencode(bundle.path)).hexdigest()[:16]
+        path = cache_folder() / "verified" / f"{bundle.digest}-{place}.json"
         if path.read_text(encoding="utf-8") == stamp:
             return
     except PlatformError:

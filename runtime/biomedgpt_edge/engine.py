@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Generator, Iterator
@@ -103,13 +104,15 @@ class AnswerStream:
         return self
 
     def __next__(self) -> Piece:
-        previous, self._state = self._state, "broken"
         try:
             piece = next(self._pieces)
         except StopIteration:
-            self._state = "complete" if previous == "open" else previous
+            if self._state == "open" and not self._result.cancelled.is_set():
+                self._state = "complete"
             raise
-        self._state = previous
+        except BaseException:
+            self._state = "broken"
+            raise
         self._text.append(piece.text)
         return piece
 
@@ -131,10 +134,16 @@ class AnswerStream:
         )
 
     def close(self) -> None:
-        """Cancels what is left; calling it again does nothing."""
+        """Cancels what is left; calling it again does nothing.
+
+        Another thread may call it while a piece is being computed; the answer then ends after that piece.
+        """
         if self._state == "open":
+            self._result.cancelled.set()
             self._state = "broken"
-        self._pieces.close()
+        # Only the thread that iterates can close the generator, and it does so when it sees the event.
+        with contextlib.suppress(ValueError):
+            self._pieces.close()
 
     def __enter__(self) -> AnswerStream:
         return self
@@ -174,7 +183,7 @@ class Engine:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
             OptionError: ``threads`` or ``verify`` is out of range.
         """
-        count = _available_threads() if threads is None else threads
+        count = available_threads() if threads is None else threads
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
             raise OptionError(f"threads is {threads!r}.", limit="1 to 1024", remedy="Give a number of threads.")
         if verify not in ("once", "full", "sizes"):
@@ -221,7 +230,7 @@ class Engine:
             return logits
 
     def close(self) -> None:
-        """Frees the models; streams that are still open can be finished."""
+        """Frees the models once the streams that are still open have ended; those can be finished."""
         self._decoder = None
         self._encoders = Encoders(self.bundle, threads=self._threads)
 
@@ -234,17 +243,18 @@ class Engine:
         self.close()
 
     def _stream(self, turns: list[Turn], raw: bool, options: GenerationOptions) -> AnswerStream:
-        started = time.perf_counter()
+        # Taken now, so that a stream can be finished after the engine was closed.
+        decoder = self._loaded_decoder()
         prompt = self._prepare(turns, raw, new_tokens=options.max_new_tokens)
         result = Generation(prompt.timings)
-        return AnswerStream(self._pieces(prompt, options, started, result), result, prompt.notes)
+        return AnswerStream(self._pieces(decoder, prompt, options, result), result, prompt.notes)
 
     def _pieces(
-        self, prompt: PreparedPrompt, options: GenerationOptions, started: float, result: Generation
+        self, decoder: Decoder, prompt: PreparedPrompt, options: GenerationOptions, result: Generation
     ) -> Generator[Piece, None, None]:
         tokenizer = self.bundle.tokenizer
         text = AnswerText(tokenizer, options.stop)
-        for token in generate(self._loaded_decoder(), prompt.embeddings, options, tokenizer, started, result):
+        for token in generate(decoder, prompt.embeddings, options, tokenizer, result):
             yield Piece(text.push(token), token)
             if text.stopped:
                 result.finish = "stop"
@@ -254,19 +264,22 @@ class Engine:
             yield Piece(rest, None)
 
     def _prepare(self, turns: list[Turn], raw: bool, new_tokens: int) -> PreparedPrompt:
+        started = time.perf_counter()
         self._loaded_decoder()
         prompt = build_prompt(self.bundle.manifest.prompt, turns, self.bundle.tokenizer, raw=raw)
         inputs = [item for turn in turns for item in turn.inputs]
         for item in inputs:
             self._encoders.check(item)
         self._check_budget(prompt, new_tokens)
-        timings = Timings(featurize=sum(item.featurize_seconds for item in inputs), prompt_tokens=len(prompt))
+        featurized = sum(item.featurize_seconds for item in turns[-1].inputs)
+        timings = Timings(featurize=featurized, prompt_tokens=len(prompt))
         clock = time.perf_counter()
         parts = [self._part(segment) for segment in prompt.segments]
         timings.encode = time.perf_counter() - clock
         clock = time.perf_counter()
         embeddings = splice(parts, self.bundle.embeddings, threads=self._threads)
         timings.splice = time.perf_counter() - clock
+        timings.prepare = time.perf_counter() - started
         return PreparedPrompt(prompt.segments, prompt.token_ids, embeddings, prompt.text, prompt.notes, timings)
 
     def _part(self, segment: Segment) -> TokenPart | FeaturePart:
@@ -324,15 +337,20 @@ class Chat:
         """See :meth:`Engine.stream`."""
         turn = Turn(question, _checked(inputs))
         stream = self.engine._stream([*self.turns, turn], self.raw, GenerationOptions(**options))
-        return AnswerStream(self._remember(turn, stream), stream._result, stream.notes)
+        return AnswerStream(self._remember(turn, stream, len(self.turns)), stream._result, stream.notes)
 
     def prepare(self, question: str, *inputs: Input) -> PreparedPrompt:
         """See :meth:`Engine.prepare`."""
         return self.engine._prepare([*self.turns, Turn(question, _checked(inputs))], self.raw, new_tokens=0)
 
-    def _remember(self, turn: Turn, stream: AnswerStream) -> Generator[Piece, None, None]:
+    def _remember(self, turn: Turn, stream: AnswerStream, known: int) -> Generator[Piece, None, None]:
         with stream:
             yield from stream
+        if len(self.turns) != known:
+            raise ClosedError(
+                "the conversation went on while this answer was streaming, so it cannot be remembered.",
+                remedy="Finish or close one answer before asking for the next.",
+            )
         self.turns.append(Turn(turn.question, turn.inputs, stream.answer.text))
 
 
@@ -353,7 +371,8 @@ def _checked(inputs: tuple[object, ...]) -> tuple[Input, ...]:
     return inputs  # type: ignore[return-value]
 
 
-def _available_threads() -> int:
+def available_threads() -> int:
+    """Processor threads this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

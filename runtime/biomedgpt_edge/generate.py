@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ class Timings:
         splice: building the prompt's embeddings.
         prefill: the prompt through the decoder.
         decode: all steps after it.
-        ttft: time to first token, from the call to the first token.
+        prepare: from the call to the prompt's embeddings: tokenizing, ``encode`` and ``splice``.
+        ttft: time to first token: ``prepare``, then prefill and choice of the first token. Time in which nobody asked
+            for the next piece does not count.
         prompt_tokens: positions of the prompt, soft tokens included.
         new_tokens: tokens of the answer.
         steps: decoder steps behind ``decode``.
@@ -33,6 +36,7 @@ class Timings:
     featurize: float = 0.0
     encode: float = 0.0
     splice: float = 0.0
+    prepare: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
     ttft: float = 0.0
@@ -53,6 +57,7 @@ class Generation:
     timings: Timings
     token_ids: list[int] = field(default_factory=list)
     finish: Finish = "length"
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 def generate(
@@ -60,16 +65,16 @@ def generate(
     embeddings: Embeddings,
     options: GenerationOptions,
     tokenizer: Tokenizer,
-    started: float,
     result: Generation,
 ) -> Iterator[int]:
     """Yields the tokens of one answer, without EOS; closing the iterator frees the decoder's state.
 
     Args:
         embeddings: the prompt, float32 ``[T, hidden]``.
-        started: ``time.perf_counter()`` at the call that asked for the answer.
-        result: receives tokens, timings and the reason for the end.
+        result: receives tokens, timings and the reason for the end; its ``cancelled`` event, which any thread may set,
+            ends the answer before the next step.
     """
+    started = time.perf_counter()
     sampler = Sampler(options, len(tokenizer))
     timings = result.timings
     with decoder.open(len(embeddings) + options.max_new_tokens) as state:
@@ -79,13 +84,15 @@ def generate(
         for index in range(options.max_new_tokens):
             token = sampler.choose(logits)
             if index == 0:
-                timings.ttft = time.perf_counter() - started
+                timings.ttft = timings.prepare + time.perf_counter() - started
             if token == tokenizer.eos_id:
                 result.finish = "eos"
                 return
             result.token_ids.append(token)
             timings.new_tokens += 1
             yield token
+            if result.cancelled.is_set():
+                return
             if index + 1 < options.max_new_tokens:
                 clock = time.perf_counter()
                 logits = state.step(token)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import string
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ MAX_INPUT_FILE_BYTES = 16 * 2**20
 _SEQUENCE_LETTERS = "the 20 amino acids and X, B, U, Z, O"
 # str.upper() would turn letters such as the German sharp s or the dotless i into residues.
 _UPPER = str.maketrans(string.ascii_lowercase, string.ascii_uppercase)
+# RDKit's log is one for the process: without the lock, a reason could be lost to another thread, or be another's.
+_RDKIT_LOG = threading.RLock()
 _SMILES_DIRECTIONS = (Chem.BondDir.NONE, Chem.BondDir.ENDUPRIGHT, Chem.BondDir.ENDDOWNRIGHT)
 
 
@@ -190,6 +193,13 @@ class Protein:
 
     placeholder = "<proteinHere>"
 
+    def __post_init__(self) -> None:
+        if not self.sequence:
+            raise ProteinError("the protein sequence is empty.", remedy="Give its residues in one-letter code.")
+        _check_letters(self.sequence)
+        if len(self.sequence) > MAX_RESIDUES:
+            _cut_note(len(self.sequence), truncate=False)
+
     @classmethod
     def from_sequence(cls, sequence: str, *, truncate: bool = False, name: str = "") -> Protein:
         """Checks a one-letter sequence; case and white space do not matter, one trailing ``*`` is dropped and noted.
@@ -206,8 +216,6 @@ class Protein:
         if residues.endswith("*"):
             residues = residues[:-1]
             notes.append("the stop mark '*' at the end of the sequence was dropped")
-        if not residues:
-            raise ProteinError("the protein sequence is empty.", remedy="Give its residues in one-letter code.")
         _check_letters(residues)
         if len(residues) > MAX_RESIDUES:
             notes.append(_cut_note(len(residues), truncate))
@@ -300,11 +308,11 @@ def _parse_logged(
     parse: Callable[[], Chem.Mol | None], explain: Callable[[], Chem.Mol | None] | None = None
 ) -> tuple[Chem.Mol | None, str]:
     """Runs an RDKit parser silently; if it gives no molecule, ``explain`` (or it again) to catch the reason."""
-    with rdBase.BlockLogs():
+    with _RDKIT_LOG, rdBase.BlockLogs():
         mol = parse()
     if mol is not None:
         return mol, ""
-    with rdBase.BlockLogs(), rdBase.CaptureErrorLog() as log:
+    with _RDKIT_LOG, rdBase.BlockLogs(), rdBase.CaptureErrorLog() as log:
         (explain or parse)()
     lines = [re.sub(r"^\[[\d:]+\]\s*|ERROR:\s*", "", line).strip() for line in log.messages.splitlines()]
     lines = [line for line in lines if line.strip("*")]
@@ -331,7 +339,7 @@ def _as_from_smiles(mol: Chem.Mol) -> tuple[Chem.Mol, str]:
     """A sanitized copy without explicit hydrogens whose bond directions are those of a SMILES string, and a SMILES."""
     copy = Chem.Mol(mol)
     cleaned = copy.HasProp("_StereochemDone") or _has_bond_stereo(copy)
-    with rdBase.BlockLogs():
+    with _RDKIT_LOG, rdBase.BlockLogs():
         problems = Chem.DetectChemistryProblems(copy)
         if problems:
             raise MoleculeError(

@@ -54,7 +54,7 @@ class DecoderSpec:
     vocabulary: Annotated[int, Range(1, 2**24)]
     context: Annotated[int, Range(1, 2**20)]
     rope_base: Annotated[float, Range(1.0, 1e12)]
-    norm_eps: Annotated[float, Range(0.0, 1.0)]
+    norm_eps: Annotated[float, Range(1e-30, 1.0)]
     attention_bias: bool = False
 
 
@@ -76,7 +76,7 @@ class ProteinEncoderSpec:
     width: Annotated[int, Range(1, 2**17)]
     heads: Annotated[int, Range(1, 4096)]
     intermediate_size: Annotated[int, Range(1, 2**20)]
-    norm_eps: Annotated[float, Range(0.0, 1.0)]
+    norm_eps: Annotated[float, Range(1e-30, 1.0)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from .errors import BundleCorruptError
+from .errors import BioMedGPTError, BundleCorruptError, PlatformError
 
 _LOG_FATAL_AND_ERRORS = 3
 SESSION_ERRORS = (
@@ -24,6 +24,8 @@ SESSION_ERRORS = (
 
 _REMEDY = "Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onnxruntime."
 
+_MEMORY_MARKS = ("Failed to allocate memory", "bad_alloc", "BFCArena", "out of memory")
+
 # name -> element type and dimensions; None stands for a dimension that varies.
 Signature = Mapping[str, tuple[str, Sequence[int | None]]]
 
@@ -33,20 +35,30 @@ def running(graph: str) -> Iterator[None]:
     """Turns what ONNX Runtime raises while it runs ``graph`` into a typed error.
 
     Raises:
+        PlatformError: this machine gave no memory for it.
         BundleCorruptError: the graph fails although it could be loaded.
     """
     try:
         yield
-    except (*SESSION_ERRORS, UnicodeDecodeError) as error:
-        raise BundleCorruptError(
-            f"ONNX Runtime {ort.__version__} cannot run {graph}: {str(error).splitlines()[0]}.", remedy=_REMEDY
-        ) from error
+    except (*SESSION_ERRORS, RuntimeError, MemoryError, UnicodeDecodeError) as error:
+        raise _failure(f"run {graph}", error) from error
+
+
+def _failure(what: str, error: Exception) -> BioMedGPTError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError) or any(mark in str(error) for mark in _MEMORY_MARKS):
+        return PlatformError(
+            f"this machine has too little memory to {what}: {reason}.",
+            remedy="Close other programs, or ask about fewer or smaller inputs.",
+        )
+    return BundleCorruptError(f"ONNX Runtime {ort.__version__} cannot {what}: {reason}.", remedy=_REMEDY)
 
 
 def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signature) -> ort.InferenceSession:
     """Opens the graph at ``path`` on the CPU and compares its signature with what the manifest implies.
 
     Raises:
+        PlatformError: this machine gave no memory for it.
         BundleCorruptError: ONNX Runtime refuses the graph, or its inputs or outputs are not the expected ones.
     """
     options = ort.SessionOptions()
@@ -58,11 +70,9 @@ def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signat
     try:
         # There is nothing to fall back to, and trying prints to the terminal.
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except (*SESSION_ERRORS, UnicodeDecodeError) as error:  # The latter from a message that quotes a damaged name.
-        raise BundleCorruptError(
-            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}.",
-            remedy=_REMEDY,
-        ) from error
+    except (*SESSION_ERRORS, RuntimeError, MemoryError, UnicodeDecodeError) as error:
+        # UnicodeDecodeError comes from a message that quotes a damaged name.
+        raise _failure(f"load {path.name}", error) from error
     for kind, expected, found in (
         ("inputs", inputs, session.get_inputs()),
         ("outputs", outputs, session.get_outputs()),

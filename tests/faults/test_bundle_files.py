@@ -184,8 +184,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files hashed so far."""
     names: list[str] = []
-    real = bundle_module._sha256
-    monkeypatch.setattr(bundle_module, "_sha256", lambda path: (names.append(path.name), real(path))[1])
+    real = bundle_module.sha256_of
+    monkeypatch.setattr(bundle_module, "sha256_of", lambda path: (names.append(path.name), real(path))[1])
     return names
 
 
@@ -567,3 +567,37 @@ def test_a_bundle_of_another_precision_opens_alike(tiny_bundles: Callable[[str],
     assert [str(opened[p].embeddings.rows.dtype) for p in ("fp32", "fp16")] == ["float32", "float16"]
     manifests = [dataclasses.asdict(bundle.manifest.decoder) for bundle in opened.values()]
     assert manifests[0] == manifests[1]
+
+
+def test_two_copies_of_a_bundle_keep_a_stamp_each(
+    bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(bundle_copy, tmp_path / "other"))
+    for path in (bundle_copy, other):
+        device_cache.verify_once(Bundle.open(path))
+    monkeypatch.setattr(bundle_module, "sha256_of", lambda path: pytest.fail("hashed again"))
+    for path in (bundle_copy, other):
+        device_cache.verify_once(Bundle.open(path))
+
+
+def test_the_folder_of_an_interrupted_export_is_no_bundle(bundle_copy: Path) -> None:
+    staged = bundle_copy.rename(bundle_copy.with_name(f".bundle.partial-{0:08x}"))
+    with pytest.raises(BundleNotFoundError, match="interrupted export"):
+        Bundle.open(staged)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.data", "embeddings.safetensors"])
+def test_a_file_that_may_not_be_read_is_named(bundle_copy: Path, name: str) -> None:
+    (bundle_copy / name).chmod(0)
+    with pytest.raises(BundleError, match=f"{name} in the bundle .* cannot be read"):
+        Bundle.open(bundle_copy).verify()
+
+
+def test_what_the_system_refuses_is_a_typed_error(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bundle_module, "sha256_of", refuse)
+    with pytest.raises(BundleError, match=r"POLICY\.txt in the bundle .* cannot be read: Permission denied"):
+        Bundle.open(bundle_copy).verify()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from biomedgpt_export.errors import CheckpointError, ExportError, KeyMismatchErr
 from biomedgpt_export.exporter import ExportOptions, export_bundle, read_about
 from biomedgpt_export.families import biomedgpt_10b as family
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.synthesize import train_tokenizer
 
 FUSION = Path("fusion_ckpts/biomedgpt_10b.pth")
 TEXT = Path("text_ckpts/biomedgpt-lm-7b/config.json")
@@ -206,7 +209,7 @@ def test_single_and_sharded_safetensors_export_as_the_torch_file_does(
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
             assert path.read_bytes() == (tmp_path / "sharded" / path.name).read_bytes()
     sources = [entry.path for entry in Bundle.open(tmp_path / "sharded").manifest.sources]
-    assert len([path for path in sources if path.startswith("shards/")]) == 4
+    assert len([path for path in sources if path.startswith("fusion/")]) == 4
 
 
 def test_the_command_takes_each_part_by_a_path_of_its_own(
@@ -446,3 +449,55 @@ def test_weights_too_small_for_a_scale_in_fp16_export_as_zeros(
     head[-1] = 1e-9
     head[7] = 0
     export(saved({"llm.lm_head.weight": head}), tmp_path / "bundle", "int4")
+
+
+def test_a_missing_table_of_the_molecule_encoder_is_listed_beside_everything_else(
+    saved: Callable[..., Layout], tmp_path: Path
+) -> None:
+    layout = saved({"mol_structure_encoder.x_embedding1.weight": None, "proj_mol.bias": None, "foo": torch.zeros(2)})
+    with pytest.raises(KeyMismatchError) as caught:
+        export(layout, tmp_path / "bundle")
+    assert sorted(problem.split()[1] for problem in caught.value.problems) == [
+        "foo", "mol_structure_encoder.x_embedding1.weight", "proj_mol.bias",
+    ]  # fmt: skip
+
+
+def test_tensors_that_are_no_real_numbers_are_listed(
+    saved: Callable[..., Layout], original: State, tmp_path: Path
+) -> None:
+    layout = saved({"llm.lm_head.weight": original["llm.lm_head.weight"].to(torch.int8)})
+    with pytest.raises(KeyMismatchError, match=r"not floating point: llm\.lm_head\.weight is int8"):
+        export(layout, tmp_path / "bundle")
+
+
+def test_a_tokenizer_of_another_model_is_refused(release: Path, tmp_path: Path) -> None:
+    (release / TEXT).with_name("tokenizer.model").write_bytes(train_tokenizer(700))
+    with pytest.raises(ModelConfigError, match="has 700 pieces, and the configuration a vocabulary of 1,000"):
+        export(Layout.locate(release), tmp_path / "bundle")
+
+
+def test_folder_names_change_no_byte_of_a_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "secret project"
+    shutil.copytree(tiny_checkpoint, elsewhere)
+    weights = elsewhere / "fusion_ckpts" / "biomedgpt_10b.pth"
+    moved = weights.rename(elsewhere / "mine.pth")
+    export(Layout.locate(tiny_checkpoint), tmp_path / "one")
+    export(Layout.locate(elsewhere, fusion=moved), tmp_path / "two")
+    assert (tmp_path / "one" / "manifest.json").read_bytes() == (tmp_path / "two" / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [0, -3, 5000])
+def test_threads_are_checked_before_anything_is_written(tiny_checkpoint: Path, tmp_path: Path, threads: int) -> None:
+    with pytest.raises(ExportError, match="threads is"):
+        export(Layout.locate(tiny_checkpoint), tmp_path / "bundle", threads=threads)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminated_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "biomedgpt_export.cli", "bundle", "--family", "biomedgpt-10b", "--checkpoint"]
+    process = subprocess.Popen([*command, tiny_checkpoint, "--out", tmp_path / "bundle"], stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.terminate()
+    assert process.wait(60) == 130
+    assert list(tmp_path.iterdir()) == []

@@ -101,7 +101,7 @@ def test_folders_on_the_way_are_made(tiny_checkpoint: Path, tmp_path: Path) -> N
 
 def test_an_output_that_cannot_be_made_is_a_typed_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ExportError, match="cannot be written"):
+    with pytest.raises(ExportError, match="a file cannot be read or written"):
         export(tiny_checkpoint, tmp_path / "file" / "bundle")
 
 

@@ -135,7 +135,7 @@ def fair_name(name: str) -> str:
 
 @pytest.mark.parametrize("sequence", SEQUENCES, ids=len)
 def test_features_and_residue_ids_are_those_of_fair_esm(tmp_path: Path, sequence: str) -> None:
-    esm = pytest.importorskip("esm")
+    import esm
     from esm.model.esm2 import ESM2
 
     # fair-esm fixes the inner width at four times the hidden size and eps at 1e-5.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from biomedgpt_edge.cli.main import main
+from biomedgpt_edge.encoders import Encoders
 
 ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
 SHORT = ["--max-new-tokens", "6"]
@@ -153,3 +158,59 @@ def test_doctor_reports_the_machine_and_the_bundle(capsys: pytest.CaptureFixture
     assert report["ok"]
     assert {"processor", "onnxruntime", "cuda", "bundle"} <= {finding["what"] for finding in report["findings"]}
     assert run(capsys, "doctor", "--bundle", "nowhere")[0] == 5
+
+
+def test_doctor_names_a_missing_package_and_still_reports(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "rdkit" else real(name, *rest))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 5
+    assert "MISSING rdkit" in out
+    assert "-> pip install rdkit" in out
+    assert "processor" in out
+
+
+@pytest.mark.parametrize("command", ["ask", "doctor"])
+def test_without_onnxruntime_there_is_a_message_and_no_traceback(tmp_path: Path, command: str) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('none', name='onnxruntime')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    question = ["Hello"] if command == "ask" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "biomedgpt_edge.cli.main", command, *question],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
+    assert "onnxruntime" in done.stdout + done.stderr
+
+
+def test_an_answer_that_the_terminal_cannot_encode_is_shown_in_part(tiny_bundle_fp32: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "biomedgpt_edge.cli.main", "inspect", str(tiny_bundle_fp32)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
+def test_interrupting_while_an_encoder_runs_keeps_the_conversation(
+    capsys: pytest.CaptureFixture[str], bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Encoders, "encode", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/molecule CCO\nWhat is this?\n/reset\nHello\n"))
+    code, out, err = run(capsys, "chat", "--bundle", bundle, *SHORT)
+    assert code == 0
+    assert "stopped; this answer is not remembered" in err
+    assert len(out.strip()) > 0
+
+
+@pytest.mark.parametrize("path", ["p.fasta.gz", "proteins.doc"])
+def test_a_file_name_is_not_read_as_residues(capsys: pytest.CaptureFixture[str], bundle: str, path: str) -> None:
+    code, _, err = run(capsys, "ask", "--bundle", bundle, "--protein", path, "Hello")
+    assert code == 3
+    assert "no FASTA file by its name" in err

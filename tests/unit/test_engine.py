@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from biomedgpt_edge import Engine, Molecule, Protein
+from biomedgpt_edge import Engine, Molecule, Piece, Protein
 from biomedgpt_edge.decoder.onnx import OnnxDecoder, OnnxState, _allocate
-from biomedgpt_edge.errors import ClosedError, InputError, OptionError, PlatformError, PromptTooLongError
+from biomedgpt_edge.errors import (
+    ClosedError,
+    InputError,
+    KernelArgumentError,
+    OptionError,
+    PlatformError,
+    PromptTooLongError,
+)
 
 ETHANOL = Molecule.from_smiles("CCO")
 
@@ -193,3 +202,97 @@ def test_a_kv_cache_that_no_memory_holds_is_an_error_with_its_size(tiny_bundle_f
     spec = dataclasses.replace(bundle.manifest.decoder, head_size=2**12, kv_heads=2**12, layers=2**10)
     with pytest.raises(PlatformError, match=r"KV cache of 1,000,000 positions takes .* GiB"):
         _allocate(spec, 10**6)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        np.asfortranarray,
+        lambda e: e.astype(np.float64),
+        lambda e: e[:, :-1].copy(),
+        lambda e: np.repeat(e, 2, axis=1)[:, ::2],
+        lambda e: e[:0],
+    ],
+    ids=["column order", "float64", "too narrow", "strided", "empty"],
+)
+def test_embeddings_of_another_layout_are_refused_since_the_graph_reads_addresses(
+    engine: Engine, spoil: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    prompt = engine.prepare("Hello", ETHANOL)
+    with pytest.raises(KernelArgumentError, match="embeddings are"):
+        engine.first_logits(dataclasses.replace(prompt, embeddings=spoil(prompt.embeddings)))
+
+
+def test_another_thread_can_cancel_a_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = engine.stream("Hello", ETHANOL, max_new_tokens=200)
+    inside, go_on = threading.Event(), threading.Event()
+    original = OnnxState.step
+
+    def slow_step(self: OnnxState, token: int) -> np.ndarray:
+        inside.set()
+        assert go_on.wait(10)
+        return original(self, token)
+
+    monkeypatch.setattr(OnnxState, "step", slow_step)
+    pieces: list[Piece] = []
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    assert inside.wait(10)
+    stream.close()
+    go_on.set()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert len(pieces) <= 2
+    with pytest.raises(ClosedError):
+        _ = stream.answer
+
+
+def test_a_stream_that_was_asked_for_can_be_finished_after_the_engine_was_closed(tiny_bundle_fp32: Path) -> None:
+    engine = Engine.load(tiny_bundle_fp32)
+    stream = engine.stream("Hello", ETHANOL, max_new_tokens=5)
+    engine.close()
+    assert len([piece for piece in stream if piece.token_id is not None]) == 5
+
+
+def test_of_two_open_answers_of_a_chat_only_the_first_finished_is_remembered(engine: Engine) -> None:
+    chat = engine.chat()
+    one, two = chat.stream("One", max_new_tokens=3), chat.stream("Two", max_new_tokens=3)
+    next(one), next(two)
+    list(one)
+    with pytest.raises(ClosedError, match="went on while this answer was streaming"):
+        list(two)
+    assert [turn.question for turn in chat.turns] == ["One"]
+
+
+def test_a_relative_path_outlives_a_change_of_folder(tiny_bundle_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_bundle_fp32.parent)
+    with Engine.load(tiny_bundle_fp32.name) as engine:
+        monkeypatch.chdir("/")
+        assert len(engine.prepare("Hello", ETHANOL)) > 0
+
+
+def test_waiting_between_pieces_is_not_part_of_the_time_to_first_token(engine: Engine) -> None:
+    stream = engine.stream("Hello", ETHANOL, max_new_tokens=2)
+    before = time.perf_counter()
+    while time.perf_counter() - before < 0.05:
+        pass
+    list(stream)
+    timings = stream.answer.timings
+    assert timings.ttft >= timings.prepare + timings.prefill
+    assert timings.ttft < timings.prepare + timings.prefill + 0.05
+
+
+def test_a_chat_counts_only_the_new_inputs_featurizing(engine: Engine) -> None:
+    chat = engine.chat()
+    chat.ask("Hello", ETHANOL, max_new_tokens=1)
+    assert chat.ask("And now?", max_new_tokens=1).timings.featurize == 0
+
+
+def test_too_little_memory_is_not_called_a_corrupt_bundle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Arena:
+        def run(self, *arguments: object) -> None:
+            raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer")
+
+    monkeypatch.setattr(engine._encoders, "_molecule_session", Arena)
+    with pytest.raises(PlatformError, match="too little memory to run the molecule encoder"):
+        engine.prepare("Hello", Molecule.from_smiles("CCCCCCCCCCF"))

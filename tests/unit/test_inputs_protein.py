@@ -166,3 +166,9 @@ class TestFromFasta:
             Protein.from_fasta(tmp_path / "absent.fasta")
         with pytest.raises(InputFileError, match=r"not a text file \(byte 1\)"):
             Protein.from_fasta(fasta(tmp_path, b">\xff\nMKT"))
+
+
+@pytest.mark.parametrize("sequence", ["", "mk1", "MKJ", "A" * 1023])
+def test_even_the_plain_constructor_makes_valid_proteins_only(sequence: str) -> None:
+    with pytest.raises(ProteinError):
+        Protein(sequence)

@@ -308,7 +308,8 @@ def test_configurations_agree_with_the_weights(release: Path, state: dict[str, t
 
 
 def test_the_tokenizer_is_of_the_kind_of_llamas(release: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor(model_file=str(release / TEXT / "tokenizer.model"))
     assert processor.get_piece_size() == json.loads((release / TEXT / "config.json").read_text())["vocab_size"]
     assert [processor.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
@@ -321,8 +322,9 @@ def test_the_tokenizer_is_of_the_kind_of_llamas(release: Path) -> None:
 
 
 def test_transformers_loads_configurations_and_tokenizer(release: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+    import transformers
+
     prompt = "What is the function of this protein? ### Assistant: "
     tokenizer = transformers.LlamaTokenizer.from_pretrained(release / TEXT)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(release / TEXT / "tokenizer.model"))
@@ -334,7 +336,8 @@ def test_transformers_loads_configurations_and_tokenizer(release: Path) -> None:
 
 
 def test_activations_stay_sane(release: Path, state: dict[str, torch.Tensor]) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.EsmConfig.from_pretrained(release / PROTEIN)
     encoder = transformers.EsmModel(config, add_pooling_layer=False).eval()
     prefix = "prot_structure_encoder."

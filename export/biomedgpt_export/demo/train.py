@@ -20,7 +20,7 @@ from torch import nn
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..errors import TrainingDataError
-from .data import MoleculeTable, ProteinSplit, prepared_molecules, proteins
+from .data import MoleculeTable, ProteinSplit, file_hashes, prepared_molecules, proteins
 from .tokenizer import corpus, train_tokenizer
 from .trainer import STAGES, Trainer, TrainOptions
 
@@ -127,7 +127,12 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
         options = self.trainer.options
-        return {"seed": options.seed, "steps": options.steps, "molecules": len(self.trainer.table)}
+        return {
+            "seed": options.seed,
+            "steps": options.steps,
+            "precision": "bf16" if options.bf16 else "fp32",
+            "data": file_hashes(options.data),
+        }
 
     def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Writes weights, optimizers and progress; the old state stays until the new one is whole."""

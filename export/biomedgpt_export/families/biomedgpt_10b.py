@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from biomedgpt_edge.errors import BundleCorruptError
 from biomedgpt_edge.manifest import Policy
 from biomedgpt_edge.molecule_graph import BOND_DIRECTIONS, BOND_TYPES
 from biomedgpt_edge.prompt import PromptTemplate
 from biomedgpt_edge.protein_tokens import ALPHABET, MAX_RESIDUES, SPECIAL_POSITIONS
+from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, KeyMismatchError, ModelConfigError
@@ -46,9 +48,11 @@ TEXT_FOLDER = PurePosixPath("text_ckpts/biomedgpt-lm-7b")
 PROTEIN_FOLDER = PurePosixPath("protein_ckpts/esm2-3b")
 
 LLM, PROTEIN, MOLECULE = "llm.", "prot_structure_encoder.", "mol_structure_encoder."
-GIN_LAYERS = 5
+GIN_LAYERS, GIN_WIDTH = 5, 300
 # The tokenizer adds [PAD] behind the vocabulary of the configuration; its row was never trained and is never chosen.
 ADDED_TOKENS = 1
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # Buffers and unused heads that one or the other library version stores; anything else must match exactly.
 IGNORED = re.compile(
@@ -92,7 +96,7 @@ class Layout:
             text or root / TEXT_FOLDER,
             protein or root / PROTEIN_FOLDER,
         )
-        needed = [layout.fusion, *layout.side_files]
+        needed = [layout.fusion, *layout.side_files.values()]
         missing = [str(path) for path in needed if not path.exists()]
         if missing:
             raise CheckpointError(
@@ -107,9 +111,14 @@ class Layout:
         return self.text / "tokenizer.model"
 
     @property
-    def side_files(self) -> tuple[Path, ...]:
-        """Files beside the weights that an export reads."""
-        return (self.text / "config.json", self.tokenizer, self.protein / "config.json", self.protein / "vocab.txt")
+    def side_files(self) -> dict[str, Path]:
+        """Files beside the weights that an export reads, by the part they play."""
+        return {
+            "text/config.json": self.text / "config.json",
+            "text/tokenizer.model": self.tokenizer,
+            "protein/config.json": self.protein / "config.json",
+            "protein/vocab.txt": self.protein / "vocab.txt",
+        }
 
 
 @dataclass(frozen=True)
@@ -130,11 +139,13 @@ class Configs:
         """From the configuration files; the molecule encoder has none, its width is that of its tensors."""
         esm = EsmConfig.read(layout.protein / "config.json")
         _check_protein_alphabet(layout.protein / "vocab.txt", esm)
+        llama = LlamaConfig.read(layout.text / "config.json")
+        _check_tokenizer(layout.tokenizer, llama)
         key = f"{MOLECULE}x_embedding1.weight"
         shape = checkpoint.shape(key) if key in checkpoint.keys() else ()
-        if len(shape) != 2:
-            raise CheckpointError(f"the checkpoint has no matrix '{key}', so its molecule encoder has no known width.")
-        return cls(LlamaConfig.read(layout.text / "config.json"), esm, GinConfig(GIN_LAYERS, shape[1]))
+        # Without that matrix the comparison of all keys names it, beside whatever else is wrong.
+        width = shape[1] if len(shape) == 2 else GIN_WIDTH
+        return cls(llama, esm, GinConfig(GIN_LAYERS, width))
 
 
 def check_keys(configs: Configs, checkpoint: Checkpoint) -> None:
@@ -151,6 +162,11 @@ def check_keys(configs: Configs, checkpoint: Checkpoint) -> None:
         f"misshapen: {key} is {list(checkpoint.shape(key))}, the configuration implies {list(expected[key])}"
         for key in present
         if key in expected and checkpoint.shape(key) != expected[key]
+    ]
+    problems += [
+        f"not floating point: {key} is {checkpoint.dtype(key)}"
+        for key in present
+        if key in expected and checkpoint.dtype(key) not in _FLOATS
     ]
     if problems:
         raise KeyMismatchError(
@@ -240,6 +256,21 @@ def _projection_tensors(configs: Configs) -> Iterator[tuple[str, tuple[int, ...]
     for name, width in (("proj_mol", configs.gin.width), ("proj_prot", configs.esm.hidden_size)):
         yield f"{name}.weight", (hidden, width)
         yield f"{name}.bias", (hidden,)
+
+
+def _check_tokenizer(path: Path, config: LlamaConfig) -> None:
+    """The ids that a tokenizer gives are rows of the vocabulary matrix; another one's would be read without a sign."""
+    try:
+        pieces = len(Tokenizer(path))
+    except BundleCorruptError as error:
+        raise ModelConfigError(f"{path} cannot be used: {error.message}", remedy=error.remedy) from error
+    if pieces != config.vocabulary:
+        raise ModelConfigError(
+            f"{path} has {pieces:,} pieces, and the configuration a vocabulary of {config.vocabulary:,}.",
+            seen=pieces,
+            limit=config.vocabulary,
+            remedy="Use the tokenizer.model that came with the weights.",
+        )
 
 
 def _check_protein_alphabet(path: Path, config: EsmConfig) -> None:

@@ -76,8 +76,8 @@ def read_protein(value: str, *, truncate: bool) -> Protein:
     """A sequence, or the path of a FASTA file."""
     if Path(value).suffix.lower() in _PROTEIN_FILES:
         return Protein.from_fasta(value, truncate=truncate)
-    # No sequence holds a separator, so this can only be a path.
-    if "/" in value or "\\" in value:
+    # No sequence holds these, so this can only be a path.
+    if any(mark in value for mark in "/\\.") or Path(value[:255]).exists():
         raise InputFileError(
             f"{value} is no FASTA file by its name.", seen=value, remedy=f"Known endings: {', '.join(_PROTEIN_FILES)}."
         )

@@ -11,8 +11,6 @@ from ..generate import Timings
 from .arguments import add_bundle, add_generation, add_inputs, generation_options, read_inputs
 from .output import policy_lines, say, tell
 
-HELP = "answer one question about molecules and proteins"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..engine import Chat, Engine
-from ..errors import InputError
+from ..errors import BioMedGPTError
 from ..prompt import Input
 from ..sampling import OptionArguments
 from .arguments import (
@@ -19,8 +19,6 @@ from .arguments import (
     read_protein,
 )
 from .output import policy_lines, say, tell
-
-HELP = "talk about molecules and proteins, with memory of what was said"
 
 _COMMANDS = """\
 /molecule SMILES|FILE.sdf     give a molecule with the next question
@@ -63,7 +61,7 @@ class _Session:
             return False
         try:
             self._handle(line.strip())
-        except InputError as error:
+        except BioMedGPTError as error:
             tell(f"error: {error}")
         return True
 
@@ -83,16 +81,16 @@ class _Session:
             self._answer(line)
 
     def _answer(self, question: str) -> None:
-        with self._chat.stream(question, *self._pending, **self._options) as stream:
-            for note in stream.notes:
-                tell(f"note: {note}")
-            try:
+        try:
+            with self._chat.stream(question, *self._pending, **self._options) as stream:
+                for note in stream.notes:
+                    tell(f"note: {note}")
                 for piece in stream:
                     say(piece.text)
-            except KeyboardInterrupt:
-                print()
-                tell("stopped; this answer is not remembered")
-                return
+        except KeyboardInterrupt:
+            print(flush=True)
+            tell("stopped; this answer is not remembered")
+            return
         print(flush=True)
         self._pending = []
 

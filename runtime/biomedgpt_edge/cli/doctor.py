@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import _native
-from ..bundle import Bundle
-from ..device_cache import cache_folder
-from ..engine import DEMO_BUNDLE
 from ..errors import BundleError, PlatformError
 from .output import printable
 
-HELP = "show what this machine has for running bundles, and what is missing"
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
-_PACKAGES = ("biomedgpt-edge", "numpy", "onnxruntime", "rdkit", "sentencepiece")
+
+# module -> distributions that bring it, the usual one first
+_PACKAGES = {
+    "biomedgpt_edge": ("biomedgpt-edge",),
+    "numpy": ("numpy",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "rdkit": ("rdkit",),
+    "sentencepiece": ("sentencepiece",),
+}
 
 
 @dataclass(frozen=True)
@@ -33,13 +43,13 @@ class Finding:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", default=str(DEMO_BUNDLE), metavar="B", help="bundle to check (default: the demo)")
+    parser.add_argument("--bundle", metavar="B", help="bundle to check (default: the demo)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    findings = [*_machine(), *_packages(), *_accelerators(), *_storage(), _bundle(options.bundle)]
+    findings = [*_machine(), *_packages(), *_accelerators(), *_bundle_and_cache(options.bundle)]
     if options.json:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]}))
     else:
@@ -63,14 +73,19 @@ def _machine() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     findings = []
-    for name in _PACKAGES:
-        try:
-            findings.append(Finding(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(
-                Finding(name, "not installed as a package", remedy="" if name == "biomedgpt-edge" else name)
-            )
+    for module, names in _PACKAGES.items():
+        versions = [f"{name} {version}" for name in names if (version := _version(name))]
+        there = importlib.util.find_spec(module) is not None
+        found = ", ".join(versions) or ("importable, but not installed as a package" if there else "missing")
+        findings.append(Finding(module, found, there, "" if there else f"pip install {names[0]}"))
     return findings
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _accelerators() -> list[Finding]:
@@ -79,27 +94,35 @@ def _accelerators() -> list[Finding]:
     return [Finding("cuda", f"{compiled}; {_native.cuda_device_count()} devices; answers are computed on the CPU")]
 
 
-def _storage() -> list[Finding]:
+def _bundle_and_cache(path: str | None) -> list[Finding]:
+    """What needs the packages above; left out with a word if one is missing."""
+    try:
+        from ..bundle import Bundle
+        from ..device_cache import cache_folder
+        from ..engine import DEMO_BUNDLE
+    except ImportError as error:
+        return [Finding("bundle", f"not looked at: {error}", ok=False, remedy="Install what is missing above.")]
+    return [_storage(cache_folder), _bundle(Bundle.open, path or str(DEMO_BUNDLE))]
+
+
+def _storage(cache_folder: Callable[[], Path]) -> Finding:
     try:
         folder = cache_folder()
-    except PlatformError as error:
-        return [Finding("cache", error.message, remedy=error.remedy)]
-    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
-    writable = os.access(existing, os.W_OK)
-    free = shutil.disk_usage(existing).free
-    remedy = (
-        ""
-        if writable
-        else "Set BIOMEDGPT_EDGE_CACHE to a writable folder; until then hashes are checked at every load."
+        existing = next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
+        free = shutil.disk_usage(existing).free
+    except (PlatformError, OSError) as error:
+        return Finding("cache", f"not usable: {error}", remedy="Set BIOMEDGPT_EDGE_CACHE to a writable folder.")
+    found = f"{folder} ({free / 1e9:.1f} GB free)"
+    if os.access(existing, os.W_OK):
+        return Finding("cache", found)
+    return Finding(
+        "cache", f"{found}, not writable", remedy="Set BIOMEDGPT_EDGE_CACHE, or hashes are checked every time."
     )
-    return [
-        Finding("cache", f"{folder} ({free / 1e9:.1f} GB free{'' if writable else ', not writable'})", True, remedy)
-    ]
 
 
-def _bundle(path: str) -> Finding:
+def _bundle(open_bundle: Callable[[str], Bundle], path: str) -> Finding:
     try:
-        bundle = Bundle.open(path)
+        bundle = open_bundle(path)
         bundle.verify()
     except BundleError as error:
         return Finding("bundle", f"{path}: {error.message}", ok=False, remedy=error.remedy)

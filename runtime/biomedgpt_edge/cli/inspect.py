@@ -10,8 +10,6 @@ from ..engine import DEMO_BUNDLE
 from ..manifest import Manifest
 from .output import policy_lines, printable
 
-HELP = "show what a bundle holds, how it was made and under which terms it may be used"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", default=str(DEMO_BUNDLE), metavar="B", help="default: the demo model")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 
 from .. import _native
-from ..errors import BioMedGPTError
-from . import ask, chat, doctor, inspect, verify
+from ..errors import BioMedGPTError, PlatformError
 from .output import tell
 
 EXIT_CODES = """\
@@ -25,9 +26,31 @@ exit codes:
 """
 
 
+_COMMANDS = {
+    "ask": "answer one question about molecules and proteins",
+    "chat": "talk about molecules and proteins, with memory of what was said",
+    "inspect": "show what a bundle holds, how it was made and under which terms it may be used",
+    "verify": "compare every file of a bundle with the hashes in its manifest",
+    "doctor": "show what this machine has for running bundles, and what is missing",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Answers go to stdout, everything else to stderr."""
-    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # An answer that the terminal cannot show is better shown in part than not at all.
+            stream.reconfigure(errors="replace")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = _parser(given[0] if given else "")
+    except ModuleNotFoundError as error:
+        tell(f"error: the Python package {error.name} is missing. Install it, or run 'biomedgpt-edge doctor'.")
+        return PlatformError.exit_code
+    return _run(parser.parse_args(given))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -46,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    """The parser with the options of the ``chosen`` command; the others need not be importable."""
     parser = argparse.ArgumentParser(
         prog="biomedgpt-edge",
         description="Ask questions about molecules and proteins, offline.",
@@ -55,9 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_native.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (ask, chat, inspect, verify, doctor):
-        name = command.__name__.rpartition(".")[2]
-        command.configure(commands.add_parser(name, help=command.HELP, description=command.HELP))
+    for name, purpose in _COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if name == chosen:
+            importlib.import_module(f".{name}", __package__).configure(command)
     return parser
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from ..bundle import Bundle
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
 
 def printable(text: str) -> str:

@@ -11,8 +11,6 @@ from ..errors import BundleCorruptError
 from ..manifest import FileEntry
 from .output import tell
 
-HELP = "compare every file of a bundle with the hashes in its manifest"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", default=str(DEMO_BUNDLE), metavar="B", help="default: the demo model")

@@ -1,7 +1,7 @@
 """The decoder on ONNX Runtime's CPU provider.
 
 The KV cache is one buffer per layer and side, bound as the graph's input and output at once, so that a step appends
-in place and copies nothing. A step reuses one binding and one set of buffers and allocates no arrays of its own.
+in place and copies nothing. A step reuses one binding and one set of buffers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ..bundle import Bundle
-from ..errors import ClosedError, PlatformError
+from ..errors import ClosedError, KernelArgumentError, PlatformError
 from ..manifest import DecoderSpec
 from ..ort_session import Signature, open_session, running
 from ..splice import EmbeddingTable
@@ -50,10 +50,12 @@ class OnnxState:
         self._length = 0
         self._capacity = capacity
         self._cache = _allocate(spec, capacity)
-        self._past_length = np.zeros(1, np.int32)
+        self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._token = np.zeros((1, spec.hidden_size), np.float32)
         self._step_logits = np.zeros((1, spec.vocabulary), np.float32)
+        # Bindings hold addresses: what they point to must live as long as the state does.
+        self._step_position = np.zeros(1, np.int64)
         self._step_binding: ort.IOBinding | None = None
 
     @property
@@ -68,6 +70,7 @@ class OnnxState:
 
     def logits(self, embeddings: Embeddings, positions: npt.NDArray[np.int64]) -> Logits:
         """Appends ``embeddings`` float32 ``[T, hidden]``; returns logits ``[n, vocabulary]`` at ``positions``."""
+        self._check_embeddings(embeddings)
         logits = np.empty((len(positions), self._spec.vocabulary), np.float32)
         self._advance(len(embeddings))
         self._run(self._bind(embeddings, positions, logits))
@@ -76,8 +79,7 @@ class OnnxState:
     def step(self, token: int) -> Logits:
         """See :class:`DecoderState`."""
         if self._step_binding is None:
-            self._first = np.zeros(1, np.int64)
-            self._step_binding = self._bind(self._token, self._first, self._step_logits)
+            self._step_binding = self._bind(self._token, self._step_position, self._step_logits)
         self._advance(1)
         self._table.lookup_into(token, self._token)
         self._run(self._step_binding)
@@ -98,13 +100,25 @@ class OnnxState:
     ) -> None:
         self.close()
 
+    def _check_embeddings(self, embeddings: Embeddings) -> None:
+        """The graph reads them by address, so nothing else would notice other strides or types."""
+        shape = (max(1, len(embeddings)), self._spec.hidden_size)
+        if embeddings.dtype != np.float32 or embeddings.shape != shape or not embeddings.flags.c_contiguous:
+            order = "" if embeddings.flags.c_contiguous else ", not contiguous"
+            raise KernelArgumentError(
+                f"embeddings are {embeddings.dtype}{list(embeddings.shape)}{order}.",
+                seen=str(list(embeddings.shape)),
+                limit=f"float32 [T, {self._spec.hidden_size}], contiguous, T at least 1",
+                remedy=f"Give float32 [T, {self._spec.hidden_size}] in C order (numpy.ascontiguousarray).",
+            )
+
     def _advance(self, positions: int) -> None:
         if not self._cache:
             raise ClosedError("the decoder state is closed.")
         if self._length + positions > self._capacity:
             raise ValueError(f"{self._length} + {positions} positions do not fit a KV cache of {self._capacity}")
         self._length += positions
-        self._past_length[0] = self._length - 1
+        self._last_position[0] = self._length - 1
         self._total_length[()] = self._length
 
     def _bind(
@@ -113,7 +127,7 @@ class OnnxState:
         binding = self._session.io_binding()
         _bind_input(binding, "inputs_embeds", embeddings[np.newaxis])
         _bind_input(binding, "logit_positions", positions)
-        _bind_input(binding, "seqlens_k", self._past_length)
+        _bind_input(binding, "seqlens_k", self._last_position)
         _bind_input(binding, "total_sequence_length", self._total_length)
         _bind_output(binding, "logits", logits)
         for name, buffer in self._cache.items():
