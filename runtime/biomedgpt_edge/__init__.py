@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +33,18 @@ _MODULES = {
     **dict.fromkeys(("Molecule", "Protein"), "inputs"),
     "GenerationOptions": "sampling",
 }
+
+
+# Official builds of ONNX Runtime report to their maker unless this stands in the environment before they are imported
+# (its Privacy.md). Molecules are secrets: nothing leaves the machine, not even that it was asked.
+TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
+if "onnxruntime" in sys.modules and os.environ.get(TELEMETRY_SWITCH) != "1":
+    warnings.warn(
+        "onnxruntime was imported before biomedgpt_edge, so its telemetry could not be switched off; "
+        f"import biomedgpt_edge first, or set {TELEMETRY_SWITCH}=1",
+        stacklevel=2,
+    )
+os.environ[TELEMETRY_SWITCH] = "1"
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ MAX_ATOMS = 4096
 # Longer than any text or file that spells such a molecule.
 MAX_MOLECULE_CHARACTERS = 16 * MAX_ATOMS
 MAX_INPUT_FILE_BYTES = 16 * 2**20
+# No known protein of this length is made of five residues.
+_LONG_FOR_DNA = 20
 _SEQUENCE_LETTERS = "the 20 amino acids and X, B, U, Z, O"
 # str.upper() would turn letters such as the German sharp s or the dotless i into residues.
 _UPPER = str.maketrans(string.ascii_lowercase, string.ascii_uppercase)
@@ -41,7 +43,7 @@ class Molecule:
             atoms may come in another order.
         graph: index features, one row per heavy atom (and per hydrogen that RDKit keeps, such as ``[2H]``).
         name: the name that came with it, if any.
-        notes: what was changed while reading it.
+        notes: what the model cannot see of it (isotopes, the charge of ions).
         featurize_seconds: time spent parsing and featurizing.
     """
 
@@ -83,7 +85,7 @@ class Molecule:
             raise MoleculeError(
                 f"RDKit cannot read the SMILES {_short(extended)}: {reason}.",
                 seen=_short(extended),
-                remedy="Check brackets, ring numbers and valences.",
+                remedy="Check brackets, ring numbers and valences; a name, InChIKey or other file is no SMILES.",
             )
         return cls._of(mol, smiles=spelled, name=re.sub(r"^\|.*\|", "", name).strip(), start=start)
 
@@ -162,7 +164,7 @@ class Molecule:
         if mol.GetNumAtoms() == 0:
             raise MoleculeError("the molecule has no atoms.", seen=smiles, remedy="Give one such as 'CCO'.")
         _check_size(mol)
-        return cls(smiles, featurize(mol), name, (), time.perf_counter() - start)
+        return cls(smiles, featurize(mol), name, _unseen(mol), time.perf_counter() - start)
 
     @property
     def n_soft_tokens(self) -> int:
@@ -213,6 +215,8 @@ class Protein:
         start = time.perf_counter()
         residues = "".join(_text(sequence, "a sequence", ProteinError).split()).translate(_UPPER)
         notes: list[str] = []
+        if len(residues) >= _LONG_FOR_DNA and set(residues) <= set("ACGTUN"):
+            notes.append("the sequence holds only A, C, G, T, U and N; it was read as a protein, not as DNA or RNA")
         if residues.endswith("*"):
             residues = residues[:-1]
             notes.append("the stop mark '*' at the end of the sequence was dropped")
@@ -472,6 +476,20 @@ def _choose(path: Path, count: int, record: int | None, what: str, names: list[s
     return chosen - 1
 
 
+def _unseen(mol: Chem.Mol) -> tuple[str, ...]:
+    """The encoder reads elements, chirality and bonds; what else a molecule says is named, so that nothing is lost."""
+    notes = []
+    if any(atom.GetIsotope() for atom in mol.GetAtoms()):
+        notes.append(
+            "the model does not see isotopes: it reads deuterium as an atom of its own, other labels not at all"
+        )
+    fragments = Chem.GetMolFrags(mol)
+    charges = [sum(mol.GetAtomWithIdx(index).GetFormalCharge() for index in fragment) for fragment in fragments]
+    if any(charges):
+        notes.append("the model does not see charges: it reads ions as the atoms and bonds that they are drawn with")
+    return tuple(notes)
+
+
 def _check_letters(residues: str) -> None:
     bad: dict[str, list[int]] = {}
     for position, letter in enumerate(residues, start=1):
@@ -497,7 +515,7 @@ def _cut_note(length: int, truncate: bool) -> str:
             f"the protein has {length:,} residues.",
             seen=length,
             limit=MAX_RESIDUES,
-            remedy=f"The protein encoder reads at most {MAX_RESIDUES:,}; pass truncate=True to use the first "
-            f"{MAX_RESIDUES:,} only, or give one domain.",
+            remedy=f"The protein encoder reads at most {MAX_RESIDUES:,}; pass truncate=True (--truncate) to use "
+            f"the first {MAX_RESIDUES:,} only, or give one domain.",
         )
     return f"the protein was cut: the first {MAX_RESIDUES:,} of its {length:,} residues were used"

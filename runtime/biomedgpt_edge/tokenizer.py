@@ -29,7 +29,8 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.Load(str(path))
+            # Not by path: SentencePiece cannot take every name that the file system can.
+            self._model.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise BundleCorruptError(
                 f"{path.name} is not a SentencePiece model: {error}.", remedy="Export or copy the bundle again."

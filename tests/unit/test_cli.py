@@ -167,7 +167,7 @@ def test_doctor_names_a_missing_package_and_still_reports(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "rdkit" else real(name, *rest))
     code, out, _ = run(capsys, "doctor")
     assert code == 5
-    assert "MISSING rdkit" in out
+    assert "NOT OK  rdkit" in out
     assert "-> pip install rdkit" in out
     assert "processor" in out
 
@@ -214,3 +214,30 @@ def test_a_file_name_is_not_read_as_residues(capsys: pytest.CaptureFixture[str],
     code, _, err = run(capsys, "ask", "--bundle", bundle, "--protein", path, "Hello")
     assert code == 3
     assert "no FASTA file by its name" in err
+
+
+def test_no_telemetry_is_written_or_sent(bundle: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    command = [sys.executable, "-m", "biomedgpt_edge.cli.main", "ask", "--bundle", bundle, *SHORT, "Hello"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_importing_onnxruntime_first_is_warned_about() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    code = "import sys, types; sys.modules['onnxruntime'] = types.ModuleType('onnxruntime'); import biomedgpt_edge"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "telemetry could not be switched off" in done.stderr
+
+
+def test_an_answer_that_was_cut_says_so(capsys: pytest.CaptureFixture[str], bundle: str) -> None:
+    _, _, err = run(capsys, "ask", "--bundle", bundle, *SHORT, "Hello")
+    assert "note: the answer was cut at 6 tokens (--max-new-tokens)" in err
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">/dev/full", "<&-"])
+def test_closed_and_full_streams_give_no_traceback(bundle: str, redirection: str) -> None:
+    command = f'"{sys.executable}" -m biomedgpt_edge.cli.main chat --bundle "{bundle}" {redirection}'
+    done = subprocess.run(["bash", "-c", f"echo Hello | {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stdout + done.stderr

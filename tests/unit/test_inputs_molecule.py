@@ -389,3 +389,21 @@ class TestFromSdf:
         assert len(content) > MAX_MOLECULE_CHARACTERS
         with pytest.raises(MoleculeError, match="has 5,000 atoms"):
             Molecule.from_sdf(written(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("smiles", "words"),
+    [
+        ("[2H]C(Cl)(Cl)Cl", ["isotopes"]),
+        ("[13CH4]", ["isotopes"]),
+        ("[Na+].[Cl-]", ["charges"]),
+        ("CC(=O)[O-]", ["charges"]),
+        ("[2H][NH3+]", ["isotopes", "charges"]),
+        ("C[N+](=O)[O-]", []),
+        ("CCO", []),
+    ],
+)
+def test_what_the_model_cannot_see_is_noted(smiles: str, words: list[str]) -> None:
+    notes = Molecule.from_smiles(smiles).notes
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))

@@ -172,3 +172,8 @@ class TestFromFasta:
 def test_even_the_plain_constructor_makes_valid_proteins_only(sequence: str) -> None:
     with pytest.raises(ProteinError):
         Protein(sequence)
+
+
+def test_a_sequence_that_looks_like_dna_is_read_with_a_note() -> None:
+    assert "not as DNA or RNA" in Protein.from_sequence("ATGGTGCTGACCGAAGGTCA").notes[0]
+    assert Protein.from_sequence("ATGG").notes == ()

@@ -28,7 +28,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_tagged("molecule"),
         metavar="SMILES|FILE.sdf",
-        help="a molecule; may be repeated",
+        help="a molecule (also .mol, or an InChI); may be repeated",
     )
     parser.add_argument(
         "--protein",
@@ -44,12 +44,18 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    parser.add_argument("--seed", type=int, metavar="S")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that reach P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the draw: the same seed, the same answer")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
 
 

@@ -9,7 +9,7 @@ import sys
 from ..engine import Answer, Engine
 from ..generate import Timings
 from .arguments import add_bundle, add_generation, add_inputs, generation_options, read_inputs
-from .output import policy_lines, say, tell
+from .output import note_length, policy_lines, say, tell
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print()
     sys.stdout.flush()
+    note_length(answer, options.max_new_tokens)
     if options.timings:
         tell(timing_line(answer.timings))
     return 0

@@ -18,14 +18,15 @@ from .arguments import (
     read_molecule,
     read_protein,
 )
-from .output import policy_lines, say, tell
+from .output import note_length, policy_lines, say, tell
 
 _COMMANDS = """\
 /molecule SMILES|FILE.sdf     give a molecule with the next question
 /protein SEQUENCE|FILE.fasta  give a protein with the next question
 /reset                        forget everything
+/help                         show this
 /quit                         leave (so does end of input)
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer, or leaves when there is none."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,14 +70,16 @@ class _Session:
         command, _, value = line.partition(" ")
         if not line:
             return
-        if command == "/reset":
+        if command == "/help":
+            tell(_COMMANDS)
+        elif command == "/reset":
             self._chat, self._pending = self._engine.chat(), []
         elif command == "/molecule":
             self._pending.append(read_molecule(value.strip()))
         elif command == "/protein":
             self._pending.append(read_protein(value.strip(), truncate=self._truncate))
         elif command.startswith("/"):
-            tell(f"unknown command {command}; known are /molecule, /protein, /reset and /quit")
+            tell(f"unknown command {command}; known are /molecule, /protein, /reset, /help and /quit")
         else:
             self._answer(line)
 
@@ -92,11 +95,14 @@ class _Session:
             tell("stopped; this answer is not remembered")
             return
         print(flush=True)
+        note_length(stream.answer, self._options["max_new_tokens"])
         self._pending = []
 
 
 def _read_line() -> str | None:
     """One line from stdin, with a prompt if a person is there; None at the end."""
+    if sys.stdin is None:
+        return None
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()

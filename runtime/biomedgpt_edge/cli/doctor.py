@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import _native
+from .. import TELEMETRY_SWITCH, _native
 from ..errors import BundleError, PlatformError
 from .output import printable
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]}))
     else:
         for finding in findings:
-            line = f"{'ok' if finding.ok else 'MISSING':<8}{finding.what:<16}{finding.found}"
+            line = f"{'ok' if finding.ok else 'NOT OK':<8}{finding.what:<16}{finding.found}"
             print(printable(f"{line}  -> {finding.remedy}" if finding.remedy else line))
     return 0 if all(finding.ok for finding in findings) else PlatformError.exit_code
 
@@ -91,7 +91,10 @@ def _version(name: str) -> str:
 def _accelerators() -> list[Finding]:
     """CUDA is used by no decoder yet, so its absence is a fact and no fault."""
     compiled = "compiled in" if _native.cuda_compiled() else "not compiled in"
-    return [Finding("cuda", f"{compiled}; {_native.cuda_device_count()} devices; answers are computed on the CPU")]
+    return [
+        Finding("telemetry", f"of onnxruntime: off ({TELEMETRY_SWITCH}=1)"),
+        Finding("cuda", f"{compiled}; {_native.cuda_device_count()} devices; answers are computed on the CPU"),
+    ]
 
 
 def _bundle_and_cache(path: str | None) -> list[Finding]:

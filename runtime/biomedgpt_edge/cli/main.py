@@ -37,6 +37,9 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Answers go to stdout, everything else to stderr."""
+    # A service may have closed them; Python then has None there.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # An answer that the terminal cannot show is better shown in part than not at all.
@@ -66,6 +69,9 @@ def _run(options: argparse.Namespace) -> int:
         # The reader (head, less) has gone; Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        tell(f"error: {error.strerror or error}.")
+        return BioMedGPTError.exit_code
     return code
 
 

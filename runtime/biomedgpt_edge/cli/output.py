@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..engine import Answer
 
 
 def printable(text: str) -> str:
@@ -22,6 +23,12 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """A part of the answer, on stdout: as it is for a program that reads it, printable for a person."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def note_length(answer: Answer, limit: int) -> None:
+    """Says so if the answer ended because it was long enough, not because it was complete."""
+    if answer.finish == "length":
+        tell(f"note: the answer was cut at {limit} tokens (--max-new-tokens)")
 
 
 def policy_lines(bundle: Bundle) -> list[str]:
