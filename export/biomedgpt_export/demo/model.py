@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ESM_ALPHABET_SIZE = 33
-ESM_PAD_ID = 1
-# ESM-2's token dropout with no mask token in the input: (1 - 0.15 * 0.8) / (1 - 0).
-TOKEN_DROPOUT_SCALE = 0.88
-ATOM_ROWS, CHIRALITY_ROWS, BOND_ROWS, DIRECTION_ROWS = 120, 3, 6, 3
-SELF_LOOP_TYPE, SELF_LOOP_DIRECTION = 4, 0
+from biomedgpt_edge.molecule_graph import BOND_DIRECTIONS, BOND_TYPES, SELF_LOOP_DIRECTION, SELF_LOOP_TYPE
+from biomedgpt_edge.protein_tokens import ALPHABET
+
+from ..graphs.config import EsmConfig, GinConfig
+
+ESM_PAD_ID = ALPHABET.index("<pad>")
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def graph_batch(atoms: Tensor, bonds: Tensor) -> GraphBatch:
     """Directed edges and their counts from atoms ``[N, 2]`` and bonds ``[B, 4]`` (begin, end, type, direction)."""
     source = torch.cat([bonds[:, 0], bonds[:, 1]])
     target = torch.cat([bonds[:, 1], bonds[:, 0]])
-    counts = torch.zeros(len(atoms), BOND_ROWS + DIRECTION_ROWS)
+    counts = torch.zeros(len(atoms), BOND_TYPES + BOND_DIRECTIONS)
     ones = torch.ones(len(target))
     counts.index_put_((target, bonds[:, 2].repeat(2)), ones, accumulate=True)
-    counts.index_put_((target, BOND_ROWS + bonds[:, 3].repeat(2)), ones, accumulate=True)
+    counts.index_put_((target, BOND_TYPES + bonds[:, 3].repeat(2)), ones, accumulate=True)
     counts[:, SELF_LOOP_TYPE] += 1
-    counts[:, BOND_ROWS + SELF_LOOP_DIRECTION] += 1
+    counts[:, BOND_TYPES + SELF_LOOP_DIRECTION] += 1
     return GraphBatch(atoms, source, target, counts)
 
 
@@ -308,7 +308,7 @@ class EsmLayer(nn.Module):
 class EsmEmbeddings(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(ESM_ALPHABET_SIZE, d)
+        self.word_embeddings = nn.Embedding(len(ALPHABET), d)
 
 
 class EsmEncoder(nn.Module):
@@ -331,7 +331,7 @@ class Esm(nn.Module):
     def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ids ``[B, T]``, padded on the right with ``ESM_PAD_ID`` -> last hidden state ``[B, T, d]``."""
         pad = ids == ESM_PAD_ID
-        x = self.embeddings.word_embeddings(ids).to(dtype) * TOKEN_DROPOUT_SCALE
+        x = self.embeddings.word_embeddings(ids).to(dtype) * EsmConfig.TOKEN_DROPOUT_SCALE
         x = x.masked_fill(pad[..., None], 0.0)
         mask = None
         if bool(pad.any()):
@@ -350,8 +350,8 @@ class GINLayer(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, d))
-        self.edge_embedding1 = nn.Embedding(BOND_ROWS, d)
-        self.edge_embedding2 = nn.Embedding(DIRECTION_ROWS, d)
+        self.edge_embedding1 = nn.Embedding(BOND_TYPES, d)
+        self.edge_embedding2 = nn.Embedding(BOND_DIRECTIONS, d)
         nn.init.normal_(self.edge_embedding1.weight, std=0.1)
         nn.init.normal_(self.edge_embedding2.weight, std=0.1)
 
@@ -369,8 +369,8 @@ class GIN(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         d = config.gin_hidden
-        self.x_embedding1 = nn.Embedding(ATOM_ROWS, d)
-        self.x_embedding2 = nn.Embedding(CHIRALITY_ROWS, d)
+        self.x_embedding1 = nn.Embedding(GinConfig.ATOM_TYPES, d)
+        self.x_embedding2 = nn.Embedding(GinConfig.CHIRALITY_TAGS, d)
         self.gnns = nn.ModuleList(GINLayer(d) for _ in range(config.gin_layers))
         self.batch_norms = nn.ModuleList(nn.BatchNorm1d(d) for _ in range(config.gin_layers))
         nn.init.normal_(self.x_embedding1.weight, std=0.3)

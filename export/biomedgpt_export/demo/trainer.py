@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from biomedgpt_edge.protein_tokens import MAX_RESIDUES
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..errors import TrainingDataError
@@ -44,7 +45,7 @@ STAGES = ("gin", "esm", "joint")
 _OTHER_SHARE = 0.03
 _PROTEIN_EVERY = 5
 # (share, most residues, proteins per batch): long proteins are rare in training but come up at inference.
-_PROTEIN_LIMITS = ((0.84, 256, 16), (0.12, 512, 8), (0.04, 1022, 4))
+_PROTEIN_LIMITS = ((0.84, 256, 16), (0.12, 512, 8), (0.04, MAX_RESIDUES, 4))
 _ENCODER_RATE = 0.25
 
 
@@ -105,7 +106,9 @@ class Trainer:
         lengths = [
             np.array([len(r.sequence) for r in records]) for records in (self.split.located, self.split.structured)
         ]
-        self.protein_orders = [BatchOrder(np.minimum(n, 1022), most, seed + 3 + i, 40.0) for i, n in enumerate(lengths)]
+        self.protein_orders = [
+            BatchOrder(np.minimum(n, MAX_RESIDUES), most, seed + 3 + i, 40.0) for i, n in enumerate(lengths)
+        ]
 
     # ---------------------------------------------------------------------------------------------- batches
 
