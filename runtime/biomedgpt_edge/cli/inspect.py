@@ -68,16 +68,24 @@ def _encoder_lines(manifest: Manifest) -> list[str]:
 
 
 def _facts(facts: dict[str, object], indent: str) -> list[str]:
-    """Nested facts as indented lines."""
+    """Nested facts as indented lines; numbers that belong together share one, long texts are cut."""
     lines = []
     for key, value in facts.items():
-        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
-            lines += [f"{indent}{key}", *_facts(value, indent + "  ")]
+        if isinstance(value, dict) and all(isinstance(inner, (int, float)) for inner in value.values()):
+            lines.append(f"{indent}{key}: " + ", ".join(f"{name} {number}" for name, number in value.items()))
         elif isinstance(value, dict):
-            lines.append(f"{indent}{key}: " + ", ".join(f"{k} {v}" for k, v in value.items()))
+            lines += [f"{indent}{key}", *_facts(value, indent + "  ")]
+        elif isinstance(value, list):
+            lines.append(f"{indent}{key}: {'' if value else 'none'}".rstrip())
+            lines += [f"{indent}  {_short(item)}" for item in value]
         else:
-            lines.append(f"{indent}{key}: {value}")
+            lines.append(f"{indent}{key}: {_short(value)}")
     return lines
+
+
+def _short(value: object, limit: int = 100) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}… (whole with --json)"
 
 
 def _size(count: int) -> str:
