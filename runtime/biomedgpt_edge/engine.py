@@ -346,6 +346,8 @@ class Chat:
     def _remember(self, turn: Turn, stream: AnswerStream, known: int) -> Generator[Piece, None, None]:
         with stream:
             yield from stream
+        if stream._result.cancelled.is_set():
+            return
         if len(self.turns) != known:
             raise ClosedError(
                 "the conversation went on while this answer was streaming, so it cannot be remembered.",

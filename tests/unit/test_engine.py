@@ -223,8 +223,10 @@ def test_embeddings_of_another_layout_are_refused_since_the_graph_reads_addresse
         engine.first_logits(dataclasses.replace(prompt, embeddings=spoil(prompt.embeddings)))
 
 
-def test_another_thread_can_cancel_a_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = engine.stream("Hello", ETHANOL, max_new_tokens=200)
+@pytest.mark.parametrize("in_chat", [False, True])
+def test_another_thread_can_cancel_a_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch, in_chat: bool) -> None:
+    chat = engine.chat()
+    stream = (chat if in_chat else engine).stream("Hello", ETHANOL, max_new_tokens=200)
     inside, go_on = threading.Event(), threading.Event()
     original = OnnxState.step
 
@@ -235,14 +237,21 @@ def test_another_thread_can_cancel_a_stream(engine: Engine, monkeypatch: pytest.
 
     monkeypatch.setattr(OnnxState, "step", slow_step)
     pieces: list[Piece] = []
-    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    ended: list[bool] = []
+
+    def read() -> None:
+        pieces.extend(stream)
+        ended.append(True)
+
+    reader = threading.Thread(target=read)
     reader.start()
     assert inside.wait(10)
     stream.close()
     go_on.set()
     reader.join(10)
-    assert not reader.is_alive()
+    assert ended == [True]
     assert len(pieces) <= 2
+    assert chat.turns == []
     with pytest.raises(ClosedError):
         _ = stream.answer
 
