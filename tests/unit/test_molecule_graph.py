@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,14 @@ def test_the_first_200_molecules_of_chebi_20_have_the_features_of_the_reference(
 def test_the_whole_validation_split_has_the_digest_of_the_reference() -> None:
     with gzip.open(CORPUS.with_name("chebi20_validation.smi.gz"), "rt", encoding="utf-8") as lines:
         assert digest(*(line.rstrip("\n") for line in lines)) == "a5b3d45eb288a33d"
+
+
+def test_the_whole_test_split_has_the_digest_of_the_reference() -> None:
+    path = os.environ.get("BIOMEDGPT_CHEBI20_TEST")
+    if path is None:
+        pytest.skip("BIOMEDGPT_CHEBI20_TEST does not name ChEBI-20's test.txt (blender-nlp/MolT5)")
+    rows = Path(path).read_text(encoding="utf-8").splitlines()[1:]
+    assert digest(*(row.split("\t")[1] for row in rows if row)) == "f7db62eea9a19d48"
 
 
 class TestAtoms:
