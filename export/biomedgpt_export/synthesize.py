@@ -27,9 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from biomedgpt_edge.protein_tokens import ALPHABET
-from biomedgpt_export.errors import ExportError, OutputExistsError
-from biomedgpt_export.families.biomedgpt_10b import WEIGHTS
-from biomedgpt_export.families.release_files import ESM_POSITIONS, ReleaseSizes, side_files
+
+from .errors import ExportError, OutputExistsError
+from .families.biomedgpt_10b import WEIGHTS
+from .families.release_files import ESM_POSITIONS, ReleaseSizes, side_files
 
 _BLOCK_VALUES = 1 << 20
 _MAX_SEED = 1 << 64

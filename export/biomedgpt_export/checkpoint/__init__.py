@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from biomedgpt_export.checkpoint.base import Checkpoint
-from biomedgpt_export.checkpoint.safetensors_file import SafetensorsCheckpoint
-from biomedgpt_export.checkpoint.sharded import ShardedCheckpoint, require_inside
-from biomedgpt_export.checkpoint.torch_file import TorchCheckpoint
-from biomedgpt_export.errors import CheckpointError
+from ..errors import CheckpointError
+from .base import Checkpoint
+from .safetensors_file import SafetensorsCheckpoint
+from .sharded import ShardedCheckpoint, require_inside
+from .torch_file import TorchCheckpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 

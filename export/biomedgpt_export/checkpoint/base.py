@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from biomedgpt_export.errors import CheckpointError, KeyMismatchError
+from ..errors import CheckpointError, KeyMismatchError
 
 if TYPE_CHECKING:
     import torch

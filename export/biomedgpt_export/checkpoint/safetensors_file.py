@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from biomedgpt_edge.errors import ClosedError
-from biomedgpt_export.checkpoint.base import Checkpoint, missing_key, refuse_foreign_file, require_regular_file
-from biomedgpt_export.errors import CheckpointError
+
+from ..errors import CheckpointError
+from .base import Checkpoint, missing_key, refuse_foreign_file, require_regular_file
 
 if TYPE_CHECKING:
     import torch

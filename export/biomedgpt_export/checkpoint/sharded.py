@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biomedgpt_edge.errors import ClosedError
-from biomedgpt_export.checkpoint.base import MAX_INDEX_BYTES, Checkpoint, missing_key, require_regular_file
-from biomedgpt_export.checkpoint.safetensors_file import SafetensorsCheckpoint
-from biomedgpt_export.checkpoint.torch_file import TorchCheckpoint
-from biomedgpt_export.errors import CheckpointError, KeyMismatchError
+
+from ..errors import CheckpointError, KeyMismatchError
+from .base import MAX_INDEX_BYTES, Checkpoint, missing_key, require_regular_file
+from .safetensors_file import SafetensorsCheckpoint
+from .torch_file import TorchCheckpoint
 
 if TYPE_CHECKING:
     import torch

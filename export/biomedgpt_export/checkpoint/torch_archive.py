@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from biomedgpt_export.checkpoint.base import refuse_foreign_file
-from biomedgpt_export.errors import CheckpointError
+from ..errors import CheckpointError
+from .base import refuse_foreign_file
 
 #: The central directory of the 10B is below 200 KB. zipfile reads it in one piece, at the size that the file declares.
 MAX_DIRECTORY_BYTES = 8 << 20

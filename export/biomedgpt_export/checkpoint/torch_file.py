@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from biomedgpt_edge.errors import ClosedError
-from biomedgpt_export.checkpoint.base import Checkpoint, missing_key, require_regular_file
-from biomedgpt_export.checkpoint.torch_archive import Member, locate_members
-from biomedgpt_export.checkpoint.torch_pickle import MAX_PICKLE_BYTES, StorageRef, TensorView, read_pickle
-from biomedgpt_export.errors import CheckpointError
+
+from ..errors import CheckpointError
+from .base import Checkpoint, missing_key, require_regular_file
+from .torch_archive import Member, locate_members
+from .torch_pickle import MAX_PICKLE_BYTES, StorageRef, TensorView, read_pickle
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from biomedgpt_export.errors import CheckpointError, UnsafeCheckpointError
+from ..errors import CheckpointError, UnsafeCheckpointError
 
 #: The 10B's pickle is about 200 KB and 40,000 operations.
 MAX_PICKLE_BYTES = 16 << 20
