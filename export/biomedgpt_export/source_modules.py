@@ -167,6 +167,7 @@ def _esm_config(config: EsmConfig) -> transformers.EsmConfig:
         "max_position_embeddings": config.context,
         "layer_norm_eps": config.norm_eps,
         "position_embedding_type": "rotary",
+        "rope_theta": config.rope_base,
         "token_dropout": config.token_dropout,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

@@ -501,8 +501,10 @@ def _check_letters(residues: str) -> None:
         f"{letter!r} at {', '.join(map(str, places[:5]))}{' …' if len(places) > 5 else ''}"
         for letter, places in list(bad.items())[:8]
     )
+    count = sum(map(len, bad.values()))
     raise ProteinError(
-        f"the sequence holds {sum(map(len, bad.values()))} letters that are no residues: {named}.",
+        f"the sequence holds {count} {'letter that is no residue' if count == 1 else 'letters that are no residues'}: "
+        f"{named}.",
         seen=list(bad)[:8],
         limit=_SEQUENCE_LETTERS,
         remedy=f"Allowed are {_SEQUENCE_LETTERS}; write X for an unknown residue and remove gaps.",

@@ -7,9 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from biomedgpt_edge.errors import (
     UnsafePathError,
 )
 from biomedgpt_edge.manifest import MAX_MANIFEST_BYTES
+from support import bounded_memory
 
 FILES = [
     "POLICY.txt",
@@ -41,17 +40,6 @@ FILES = [
     "protein_encoder.onnx",
     "tokenizer.model",
 ]
-
-
-@contextmanager
-def bounded_memory(limit: int = 24 << 20) -> Iterator[None]:
-    """Fails if Python objects inside grow past the limit: sizes a file declares must not be believed."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -109,7 +97,7 @@ def test_a_truncated_file_is_named_with_the_byte_where_it_ends(bundle_copy: Path
     size = min(int(len(content) * kept) + (0 < kept < 0.1), len(content) - 1)
     (bundle_copy / name).write_bytes(content[:size])
     with (
-        bounded_memory(),
+        bounded_memory(24 << 20),
         pytest.raises(BundleCorruptError, match=f"{name} has {size:,} bytes.*ends at byte") as caught,
     ):
         Engine.load(bundle_copy, threads=1, verify="sizes")
@@ -534,7 +522,7 @@ def test_tensors_that_contradict_the_manifest_are_found_when_the_bundle_is_opene
     bundle_copy: Path, path: tuple[str, str], value: object, named: str
 ) -> None:
     edit(bundle_copy, lambda fields: fields[path[0]].update({path[1]: value}))
-    with bounded_memory(), pytest.raises(BundleCorruptError, match=named):
+    with bounded_memory(24 << 20), pytest.raises(BundleCorruptError, match=named):
         Bundle.open(bundle_copy)
 
 

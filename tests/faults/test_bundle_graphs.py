@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,9 @@ from biomedgpt_edge.engine import Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
 from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, OPERATORS, ExternalTensor, read_header
 from biomedgpt_edge.ort_session import open_session
+from support import bounded_memory
 
 GRAPHS = ["decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"]
-
-
-@contextmanager
-def bounded_memory(limit: int) -> Iterator[None]:
-    """Fails if Python objects inside grow past the limit."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 def external(name: str = "w", **entries: str) -> TensorProto:

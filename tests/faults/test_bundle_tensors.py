@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,7 @@ from hypothesis import strategies as st
 
 from biomedgpt_edge.errors import BundleCorruptError
 from biomedgpt_edge.tensor_file import MAX_HEADER_BYTES, map_tensors
-
-
-@contextmanager
-def bounded_memory(limit: int = 4 << 20) -> Iterator[None]:
-    """Fails if Python objects inside grow past the limit: sizes a file declares must not be believed."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
+from support import bounded_memory
 
 
 def entry(begin: int, end: int, shape: object, dtype: object = "F32") -> dict[str, object]:
@@ -45,7 +32,7 @@ def content(header: object, data: bytes = b"") -> bytes:
 def mapped(folder: Path, data: bytes) -> dict[str, Any]:
     path = folder / "weights.safetensors"
     path.write_bytes(data)
-    with bounded_memory():
+    with bounded_memory(4 << 20):
         return map_tensors(path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import pickle
-import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from biomedgpt_export.checkpoint import open_checkpoint
 from biomedgpt_export.checkpoint.torch_pickle import MAX_PICKLE_BYTES, read_pickle
 from biomedgpt_export.errors import CheckpointError, UnsafeCheckpointError
+from support import bounded_memory
 
 
 def checkpoint_with(path: Path, data: bytes) -> Path:
@@ -234,13 +234,8 @@ def test_attributes_are_set_on_nothing(data: bytes) -> None:
     ],
 )
 def test_malformed_pickles_are_named_errors(data: bytes) -> None:
-    tracemalloc.start()
-    try:
-        with pytest.raises(CheckpointError):
-            read_pickle(data, "x")
-        assert tracemalloc.get_traced_memory()[1] < 32 << 20
-    finally:
-        tracemalloc.stop()
+    with bounded_memory(32 << 20), pytest.raises(CheckpointError):
+        read_pickle(data, "x")
 
 
 def test_a_persistent_id_in_text_is_refused() -> None:

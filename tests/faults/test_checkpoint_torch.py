@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import tracemalloc
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +20,12 @@ from biomedgpt_export.checkpoint import open_checkpoint
 from biomedgpt_export.checkpoint.torch_archive import MAX_DIRECTORY_BYTES
 from biomedgpt_export.checkpoint.torch_file import MAX_REPEATED_ELEMENTS
 from biomedgpt_export.errors import CheckpointError, KeyMismatchError, UnsafeCheckpointError
+from support import bounded_memory
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64),
 ]
-
-
-@contextmanager
-def bounded_memory(limit: int = 48 << 20) -> Iterator[None]:
-    """Fail if Python objects inside grow past the limit: sizes a file declares must not be believed."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 def saved(path: Path, content: object) -> Path:
@@ -432,7 +419,7 @@ def test_a_directory_of_declared_gigabytes_is_not_allocated(tmp_path: Path) -> N
         file.seek(size + 4)
         file.write(b"PK\x05\x06" + bytes(4) + b"\x01\0\x01\0" + size.to_bytes(4, "little") + (4).to_bytes(4, "little"))
         file.write(bytes(2))
-    with bounded_memory(), pytest.raises(CheckpointError, match="zip directory is too large") as caught:
+    with bounded_memory(48 << 20), pytest.raises(CheckpointError, match="zip directory is too large") as caught:
         open_checkpoint(path)
     assert caught.value.limit == MAX_DIRECTORY_BYTES
 
@@ -442,7 +429,7 @@ def test_a_pickle_of_declared_gigabytes_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive, archive.open("archive/data.pkl", "w") as member:
         for _ in range(17):
             member.write(bytes(1 << 20))
-    with bounded_memory(), pytest.raises(CheckpointError, match=r"data\.pkl is too large"):
+    with bounded_memory(48 << 20), pytest.raises(CheckpointError, match=r"data\.pkl is too large"):
         open_checkpoint(path)
 
 
@@ -476,14 +463,14 @@ HUGE = 2**63
 )
 def test_views_that_leave_their_storage_are_refused(tmp_path: Path, view: dict[str, Any]) -> None:
     path = write_archive(tmp_path / "bad.pth", GOOD | {"data.pkl": one_tensor(**view)})
-    with bounded_memory(), pytest.raises(CheckpointError, match="does not fit its storage"):
+    with bounded_memory(48 << 20), pytest.raises(CheckpointError, match="does not fit its storage"):
         open_checkpoint(path)
 
 
 @pytest.mark.parametrize("elements", [-4, 0, 3, 5, 2**62, 2**64 + 4, 1 << 1000])
 def test_storages_of_another_size_than_their_member_are_refused(tmp_path: Path, elements: int) -> None:
     path = write_archive(tmp_path / "bad.pth", GOOD | {"data.pkl": one_tensor(elements=elements)})
-    with bounded_memory(), pytest.raises(CheckpointError, match="elements"):
+    with bounded_memory(48 << 20), pytest.raises(CheckpointError, match="elements"):
         open_checkpoint(path)
 
 

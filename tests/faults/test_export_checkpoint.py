@@ -282,6 +282,8 @@ def test_a_language_model_that_the_graph_cannot_express_is_refused_by_the_fields
         ({"emb_layer_norm_before": True}, "emb_layer_norm_before"),
         ({"model_type": "bert"}, "model_type"),
         ({"is_folding_model": True}, "is_folding_model"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_theta": -1}, "rope_theta"),
         ({"token_dropout": None}, "token_dropout"),
         ({"num_attention_heads": 5}, "5 heads"),
         ({"num_attention_heads": 16}, "16 heads"),

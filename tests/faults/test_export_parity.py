@@ -167,7 +167,7 @@ WIRING: dict[str, Callable[[Patch], None]] = {
     ),
     "protein: missing 0.88": lambda p: p.setattr(EsmConfig, "TOKEN_DROPOUT_SCALE", 1.0),
     "protein: token dropout left out": lambda p: with_config(p, "esm", token_dropout=False),
-    "protein: RoPE base": lambda p: p.setattr(EsmConfig, "ROPE_BASE", 500000.0),
+    "protein: RoPE base": lambda p: with_config(p, "esm", rope_base=500000.0),
     "protein: eps": lambda p: with_config(p, "esm", norm_eps=5e-2),
     "protein: norms swapped": lambda p: with_weights(p, "esm", swap("attention.LayerNorm", "LayerNorm")),
     "protein: GELU by tanh": lambda p: with_node(p, "Gelu", change_to_tanh),

@@ -34,6 +34,7 @@ def config(**changes: object) -> EsmConfig:
         "heads": 3,
         "vocabulary": 33,
         "context": 1026,
+        "rope_base": 10000.0,
         "norm_eps": 1e-5,
         "token_dropout": True,
     }
@@ -46,6 +47,7 @@ CONFIGS = {
     "head size 64": config(hidden_size=128, heads=2, intermediate_size=512),
     "one head": config(hidden_size=40, heads=1),
     "large eps": config(norm_eps=1e-2),
+    "another RoPE base": config(rope_base=500.0),
     "without token dropout": config(token_dropout=False),
     "one layer": config(layers=1),
     "four layers, odd inner width": config(layers=4, intermediate_size=101),
@@ -66,6 +68,7 @@ def oracle(of: EsmConfig) -> transformers.EsmModel:
             max_position_embeddings=of.context,
             layer_norm_eps=of.norm_eps,
             position_embedding_type="rotary",
+            rope_theta=of.rope_base,
             token_dropout=of.token_dropout,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from biomedgpt_edge.manifest import (
     parse_manifest,
 )
 from biomedgpt_edge.prompt import PromptTemplate
+from support import bounded_memory
 
 MANIFEST = Manifest(
     family="family",
@@ -266,13 +266,8 @@ def test_deep_nesting_in_place_of_a_value_is_an_error_and_no_crash(depth: int, p
 
 def test_the_largest_manifest_takes_memory_in_proportion() -> None:
     text = changed("files", "FILL").replace('"FILL"', "[" + "[]," * (MAX_MANIFEST_BYTES // 3 - 2000) + "[]]")
-    tracemalloc.start()
-    try:
-        with pytest.raises(ManifestError, match=r"files\[0\]"):
-            parse_manifest(text)
-        assert tracemalloc.get_traced_memory()[1] < 48 * MAX_MANIFEST_BYTES
-    finally:
-        tracemalloc.stop()
+    with bounded_memory(48 * MAX_MANIFEST_BYTES), pytest.raises(ManifestError, match=r"files\[0\]"):
+        parse_manifest(text)
 
 
 JSON = st.recursive(

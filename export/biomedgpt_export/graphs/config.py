@@ -73,12 +73,12 @@ class EsmConfig:
     heads: int
     vocabulary: int
     context: int
+    rope_base: float
     norm_eps: float
     token_dropout: bool
 
     # Both fair-esm and transformers scale by the share of tokens that training left unmasked: 1 - 0.15 * 0.8.
     TOKEN_DROPOUT_SCALE = 0.88
-    ROPE_BASE = 10000.0
 
     @property
     def head_size(self) -> int:
@@ -93,6 +93,7 @@ class EsmConfig:
         fields.require("position_embedding_type", "rotary")
         fields.require("hidden_act", "gelu")
         fields.require("emb_layer_norm_before", False, default=False)
+        fields.require("rope_scaling", None, default=None)
         config = cls(
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
@@ -100,6 +101,7 @@ class EsmConfig:
             heads=fields.integer("num_attention_heads"),
             vocabulary=fields.integer("vocab_size"),
             context=fields.integer("max_position_embeddings"),
+            rope_base=fields.rope_base(),
             norm_eps=fields.number("layer_norm_eps"),
             token_dropout=fields.boolean("token_dropout"),
         )

@@ -26,7 +26,7 @@ def build_esm(graph: GraphBuilder, config: EsmConfig, weights: Weights, linears:
         # No <mask> ever reaches the encoder, so its rescaling of the embeddings is a constant of the table.
         table = table * EsmConfig.TOKEN_DROPOUT_SCALE
     hidden = graph.node("Gather", [graph.tensor("word_embeddings", table.numpy()), ids], "embedded")
-    cos, sin = rope_tables(config.context, config.head_size, EsmConfig.ROPE_BASE)
+    cos, sin = rope_tables(config.context, config.head_size, config.rope_base)
     graph.tensor("rope_cos", cos)
     graph.tensor("rope_sin", sin)
     graph.tensor("first_position", np.array([0], np.int64))
