@@ -11,8 +11,10 @@ from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_export.demo import answers
 from biomedgpt_export.demo.chemistry import facts
-from biomedgpt_export.demo.everyday import EVERYDAY
+from biomedgpt_export.demo.molecules import well_known
+from biomedgpt_export.demo.questions import DESCRIBE, LOCATION, STRUCTURE
 
+SMILES = {one.name: one.smiles for one in well_known()}
 TYPED_FIRST = ("aspirin", "caffeine", "paracetamol", "ibuprofen", "glucose", "ethanol", "benzene", "nicotine")
 
 
@@ -41,29 +43,23 @@ def test_it_says_what_it_is_and_how_it_was_made(engine: Engine) -> None:
 
 @pytest.mark.parametrize("name", TYPED_FIRST)
 def test_what_people_type_first_is_described_correctly(engine: Engine, name: str) -> None:
-    truth = facts(Chem.MolFromSmiles(EVERYDAY[name]))
-    said = answers.claims(engine.ask(answers.DESCRIBE, Molecule.from_smiles(EVERYDAY[name])).text)
-    assert said == answers.MoleculeClaims(
-        size=answers.size_class(truth.heavy),
-        rings=truth.rings,
-        aromatic=truth.aromatic,
-        groups=frozenset(truth.groups),
-        donors=truth.donors,
-        acceptors=truth.acceptors,
-        formula=truth.formula,
-    )
+    truth = facts(Chem.MolFromSmiles(SMILES[name]))
+    text = engine.ask(DESCRIBE, Molecule.from_smiles(SMILES[name])).text
+    assert f"formula is {truth.formula}." in text
+    assert all(group in text for group in truth.groups)
+    assert answers.size_class(truth.heavy) in text
 
 
 def test_single_questions_get_single_answers(engine: Engine) -> None:
-    aspirin = Molecule.from_smiles(EVERYDAY["aspirin"])
-    assert "one ring" in engine.ask(answers.RING_QUESTIONS[0], aspirin).text
-    assert "C9H8O4" in engine.ask(answers.FORMULA_QUESTIONS[0], aspirin).text
+    aspirin = Molecule.from_smiles(SMILES["aspirin"])
+    assert "one ring" in engine.ask("How many rings does this molecule have?", aspirin).text
+    assert "C9H8O4" in engine.ask("What is the molecular formula of this molecule?", aspirin).text
 
 
 def test_a_protein_gets_a_location_and_a_structure(engine: Engine) -> None:
     protein = Protein.from_sequence("MAKEDTLEFPGVVKELLPNATFRVELDNGHELIAVMAGKMRKNRIRVLAGDKVQVEMTPYDLSKGRINYRFK")
-    assert answers.claimed_location(engine.ask(answers.LOCATION, protein).text) is not None
-    assert answers.claimed_structure(engine.ask(answers.STRUCTURE, protein).text) is not None
+    assert any(f"in the {place}." in engine.ask(LOCATION, protein).text for place in answers.LOCATIONS.values())
+    assert "percent helix" in engine.ask(STRUCTURE, protein).text
 
 
 @pytest.mark.parametrize("question", ["What is the capital of France?", "Is it toxic?"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +15,33 @@ import pytest
 import torch
 
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.molecule_graph import featurize
 from biomedgpt_edge.tokenizer import Tokenizer
-from biomedgpt_export.demo import __main__ as command
-from biomedgpt_export.demo import answers, data, evaluate
-from biomedgpt_export.demo.batches import IGNORE, BatchOrder, Example, assemble, molecule_batch, protein_batch
+from biomedgpt_export.demo import answers, commands, data, molecules, scores
+from biomedgpt_export.demo.__main__ import main
+from biomedgpt_export.demo.batches import IGNORE, BatchOrder, Example, assemble, example, molecule_batch
+from biomedgpt_export.demo.chemistry import facts
+from biomedgpt_export.demo.conversations import (
+    Conversation,
+    Exchange,
+    about_molecule,
+    molecule_chat,
+    protein_chat,
+    reworded,
+)
 from biomedgpt_export.demo.model import DemoConfig
+from biomedgpt_export.demo.molecules import MoleculeTable, PreparedMolecules, prepared_molecules, screen
+from biomedgpt_export.demo.proteins import ProteinRecord, proteins
+from biomedgpt_export.demo.questions import WORDINGS
 from biomedgpt_export.demo.release import write_release
+from biomedgpt_export.demo.similarity import identity
 from biomedgpt_export.demo.tokenizer import PromptEncoder, corpus, train_tokenizer
 from biomedgpt_export.demo.train import rate_factor, train
 from biomedgpt_export.demo.trainer import TrainOptions
-from biomedgpt_export.errors import TrainingDataError
+from biomedgpt_export.errors import CheckpointError, TrainingDataError
 from biomedgpt_export.exporter import ExportOptions, export_bundle, read_about
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.quantize.rtn import RoundToNearest
 
 PIECES = 460
 TINY = DemoConfig(
@@ -33,10 +50,15 @@ TINY = DemoConfig(
 )  # fmt: skip
 
 
+# Shown in training here, in place of six hundred: an acid, a salt, a labelled solvent.
+SHOWN = {"propionic acid": "CCC(=O)O", "sodium chloride": "[Na+].[Cl-]", "heavy water": "[2H]O[2H]"}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def fewer_spellings() -> object:
+def few_molecules() -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "EVERYDAY_SPELLINGS", 2)
+        patch.setattr(molecules, "EVERYDAY", SHOWN)
+        patch.setattr(molecules, "_SPELLINGS", {**molecules._SPELLINGS, "well-known": 3, "everyday": 2})
         yield
 
 
@@ -48,11 +70,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smiles = [f"{'C' * n}OC(=O)c1ccc({x})cc1" for n in range(1, 13) for x in ("F", "Cl", "N", "OC", "C#N")]
     smiles += [f"{'C' * n}[C@H](F){'C' * m}O" for n in range(1, 8) for m in range(n + 1, 8)]
     smiles += [s.replace("@", "@@") for s in smiles if "@" in s]
-    smiles += ["not a molecule", "[NH3]->[Cu]", "C" * 80]
+    smiles += ["not a molecule", "*CC", *("C" * n for n in (120, 121, 122)), "CC#N", "CC#N.Cl"]
     lines = "".join(f"{s}\tmade\n" for s in smiles)
     (path / data.MOLECULES_FILE).write_bytes(gzip.compress(lines.encode()))
     text = "The molecule is an alkene that has a role as a metabolite."
-    (path / data.CHEBI_FILE).write_text(f"CID\tSMILES\tdescription\n1\tF/C=C\\\\F\t{text}\n", encoding="utf-8")
+    chebi = [r"F/C=C\\F", *("N" + "C" * n + "(=O)O" for n in range(2, 14))]
+    rows = "".join(f"{i}\t{smiles}\t{text}\n" for i, smiles in enumerate(chebi))
+    (path / data.CHEBI_FILE).write_text(f"CID\tSMILES\tdescription\n{rows}", encoding="utf-8")
     sequences = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=rng.randint(30, 90))) for _ in range(120)]
     located = "".join(f"P{i}\t{s}\t{rng.choice(list(answers.LOCATIONS))}\tU\n" for i, s in enumerate(sequences[:80]))
     structured = "".join(
@@ -66,16 +90,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def table(folder: Path) -> data.MoleculeTable:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "HELD_OUT_PERCENT", 20)
-        return data.molecule_table(data.molecule_sources(folder))
+def prepared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedMolecules:
+    return prepared_molecules(folder, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path, table: data.MoleculeTable, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def table(prepared: PreparedMolecules) -> MoleculeTable:
+    return prepared.table
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path, table: MoleculeTable, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(corpus(table, data.proteins(folder), folder, 0), path, PIECES)
+    train_tokenizer(corpus(table, proteins(folder), 0), path, PIECES)
     return Tokenizer(path)
 
 
@@ -89,48 +116,153 @@ def options(folder: Path, out: Path, **changes: object) -> TrainOptions:
 # ------------------------------------------------------------------------------------------------------ data
 
 
-def test_no_held_out_molecule_is_in_training(table: data.MoleculeTable) -> None:
-    keys = [data.split_key(data.Chem.MolFromSmiles(s.decode())) for s in table.smiles]
-    held_out = {key for key, out in zip(keys, table.held_out, strict=True) if out}
-    trained = {key for key, out in zip(keys, table.held_out, strict=True) if not out}
-    assert held_out
-    assert not held_out & trained
+def test_no_held_out_molecule_is_in_training(prepared: PreparedMolecules) -> None:
+    unseen = [one.smiles for one in molecules.well_known() if not one.shown]
+    held_out = {mark for s in (*prepared.same_source, *prepared.chebi, *unseen) for mark in screen(s).main}
+    assert prepared.same_source
+    assert prepared.chebi
+    for smiles in prepared.training:
+        assert held_out.isdisjoint(screen(smiles).marks), smiles
+    assert "CC#N.Cl" not in prepared.training, "acetonitrile is held out, so it is in no salt either"
 
 
-def test_stereoisomers_lie_on_one_side(table: data.MoleculeTable) -> None:
-    sides: dict[str, set[bool]] = {}
-    for smiles, out in zip(table.smiles, table.held_out, strict=True):
-        flat = smiles.decode().replace("@@", "@")
-        sides.setdefault(flat, set()).add(bool(out))
-    assert all(len(found) == 1 for found in sides.values())
+def test_what_is_made_of_training_molecules_is_held_out_nowhere(prepared: PreparedMolecules) -> None:
+    unseen = [one.smiles for one in molecules.well_known() if not one.shown]
+    held_out = {mark for s in (*prepared.same_source, *prepared.chebi, *unseen) for mark in screen(s).main}
+    for smiles in prepared.training:
+        for text in molecules.training_spellings((smiles, "")):
+            assert held_out.isdisjoint(screen(text).marks), text
 
 
-def test_a_table_holds_the_facts_of_its_molecules(table: data.MoleculeTable) -> None:
-    for row in range(0, len(table), 7):
-        mol = data.Chem.MolFromSmiles(table.smiles[row].decode())
-        assert table.facts(row) == data.facts_of(mol, data.group_atoms(mol))
-    assert 1 <= table.sizes.min() <= table.sizes.max() <= data.MAX_HEAVY_ATOMS
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("C[C@H](F)O", "C[C@@H](F)O"), ("CC(=O)[O-]", "CC(=O)O"), ("[2H]O[2H]", "O"), ("OCC", "CCO"),
+     ("Nc1ncnc2[nH]cnc12", "Nc1ncnc2nc[nH]c12"), ("NCCc1c[nH]cn1", "NCCc1cnc[nH]1")],
+)  # fmt: skip
+def test_what_looks_the_same_to_the_encoder_has_the_same_key(one: str, other: str) -> None:
+    assert screen(one).key == screen(other).key
 
 
-def test_doubled_backslashes_are_read_as_one(table: data.MoleculeTable) -> None:
-    assert b"F/C=C\\F" in set(table.smiles)
+@pytest.mark.parametrize(
+    ("one", "other"), [("O=c1cccc[nH]1", "Oc1ccccn1"), ("CC(=O)CC(C)=O", "CC(=O)CC(C)=O"), ("NC(=O)C", "N=C(O)C")]
+)
+def test_tautomers_share_a_mark(one: str, other: str) -> None:
+    assert not screen(one).main.isdisjoint(screen(other).main)
 
 
-def test_a_saved_table_is_used_only_for_the_same_files(table: data.MoleculeTable, tmp_path: Path) -> None:
-    table.save(tmp_path / "t.npz", "one")
-    again = data.MoleculeTable.load(tmp_path / "t.npz", "one")
-    assert again is not None
-    np.testing.assert_array_equal(again.atoms, table.atoms)
-    assert data.MoleculeTable.load(tmp_path / "t.npz", "two") is None
+def test_a_salt_is_on_the_side_of_its_main_part() -> None:
+    salt, acid = screen("[Na+].CCCC(=O)[O-]"), screen("CCCC(=O)O")
+    assert salt.main == acid.main <= salt.marks
+    assert screen("[Na+].[Cl-]").marks.isdisjoint(acid.marks)
 
 
-def test_no_held_out_protein_is_in_training(folder: Path) -> None:
-    split = data.proteins(folder)
+def test_what_is_left_out_is_counted(prepared: PreparedMolecules) -> None:
+    left_out = dict(prepared.left_out)
+    assert left_out.pop("held out, or like something held out") >= len(prepared.same_source) + len(prepared.chebi)
+    assert left_out.pop("spellings like another one") > 0
+    # One of the three chains that are too long is held out.
+    assert left_out == {"unreadable": 1, "without features": 1, "larger than 100 heavy atoms": 2}
+
+
+def test_the_split_depends_on_the_molecules_only(folder: Path, prepared: PreparedMolecules, tmp_path: Path) -> None:
+    for file in data.DATA_FILES:
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    lines = gzip.decompress((folder / data.MOLECULES_FILE).read_bytes()).decode().splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    (tmp_path / data.MOLECULES_FILE).write_bytes(gzip.compress("".join(lines).encode()))
+    again = molecules.split(tmp_path)
+    keys = [{screen(smiles).key for smiles in one.same_source} for one in (again, prepared)]
+    assert keys[0] == keys[1]
+    assert again.chebi == prepared.chebi
+
+
+def test_a_table_holds_the_facts_of_its_molecules(prepared: PreparedMolecules, table: MoleculeTable) -> None:
+    some = [smiles for smiles in prepared.training if len(smiles) < 100][-9:]
+    last, _ = molecules.molecule_table([(smiles, "") for smiles in some])
+    known = [facts(molecules.Chem.MolFromSmiles(smiles)) for smiles in some]
+    assert set(known) <= {last.facts(row) for row in range(len(last))}
+    assert table.numbers[:, 0].max() <= molecules.MAX_HEAVY_ATOMS
+
+
+def test_small_molecules_and_salts_come_in_several_spellings() -> None:
+    spelled = {smiles: molecules.training_spellings((smiles, "")) for smiles in ("CCO", "CC(C)Cc1ccc(cc1)CN.Cl")}
+    for smiles, texts in spelled.items():
+        assert len(texts) >= 4
+        assert {screen(text).key for text in texts[:4]} == {screen(smiles).key}
+    assert len(molecules.training_spellings(("CCCCCCCCCCCCCCCCCCO", ""))) <= 2
+
+
+@pytest.mark.parametrize("smiles", ["CCC(=O)O", "CCCCN", "CCS(=O)(=O)O", "c1ccccc1"])
+def test_made_salts_are_salts_of_the_molecule(smiles: str) -> None:
+    mol = molecules.Chem.MolFromSmiles(smiles)
+    made = molecules._salted(mol, random.Random(1))
+    assert len(made) == int(smiles != "c1ccccc1")
+    for text in made:
+        assert screen(text).problem == ""
+        assert len(text.split(".")) == 2
+        assert screen(text).main == screen(smiles).main
+        assert molecules.Chem.GetFormalCharge(molecules.Chem.MolFromSmiles(text)) == 0
+
+
+def test_inputs_that_look_alike_come_once_and_are_counted() -> None:
+    table, left_out = molecules.molecule_table(
+        [("C[N+](C)(C)C", ""), ("CC(C)(C)C", ""), ("c1ccccc1CCCCCCCCCCC", "")] * 2
+    )
+    assert len(table) == len(
+        {(table.formulas[i], table.atoms[table.atom_slice(i)].tobytes()) for i in range(len(table))}
+    )
+    assert left_out["spellings like another one"] > 3
+
+
+def test_deuterium_is_seen_as_atoms_and_said_as_hydrogen() -> None:
+    mol = molecules.Chem.MolFromSmiles("CCO")
+    (text,) = molecules._deuterated(mol, random.Random(1))
+    labelled = molecules.Chem.MolFromSmiles(text)
+    assert len(featurize(labelled).atoms) > 3
+    assert facts(labelled) == facts(mol)
+
+
+def test_doubled_backslashes_are_read_as_one(folder: Path) -> None:
+    assert data.chebi_lines(folder)[0] == "F/C=C\\F"
+
+
+def test_a_saved_table_is_used_only_for_the_same_files(
+    folder: Path, prepared: PreparedMolecules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared_molecules(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(molecules, "split", None)  # would fail if it were called
+        again = prepared_molecules(folder, tmp_path)
+    np.testing.assert_array_equal(again.table.atoms, prepared.table.atoms)
+    assert (again.training, again.left_out) == (prepared.training, prepared.left_out)
+    monkeypatch.setattr(molecules, "EVERYDAY", {})
+    assert len(prepared_molecules(folder, tmp_path).training) == len(prepared.training) - len(SHOWN)
+
+
+def test_no_held_out_protein_is_in_training_nor_one_like_it(folder: Path) -> None:
+    split = proteins(folder)
     held_out = {r.sequence for r in (*split.held_out_located, *split.held_out_structured)}
     trained = {r.sequence for r in (*split.located, *split.structured)}
     assert split.held_out_located
     assert split.held_out_structured
     assert not held_out & trained
+
+
+def test_relatives_of_a_held_out_protein_are_held_out(folder: Path, tmp_path: Path) -> None:
+    for file in data.DATA_FILES:
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    rows = gzip.decompress((folder / data.LOCATION_FILE).read_bytes()).decode()
+    mutated = [f"X{i}\t{r.sequence[:20]}W{r.sequence[21:]}\tNucleus\tU\n" for i, r in enumerate(located(folder))]
+    (tmp_path / data.LOCATION_FILE).write_bytes(gzip.compress((rows + "".join(mutated)).encode()))
+    split = proteins(tmp_path)
+    assert len(split.held_out_located) >= 2
+    for one in split.held_out_located:
+        assert all(identity(one.sequence, other.sequence) < 0.9 for other in split.located)
+
+
+def located(folder: Path) -> list[ProteinRecord]:
+    split = proteins(folder)
+    return [*split.located, *split.held_out_located]
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -143,6 +275,8 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     [
         (data.LOCATION_FILE, "id\tsequence\tlocation\tmembrane\nP\tMKV\n", "line 2: 2 columns"),
         (data.LOCATION_FILE, f"id\ts\tl\tm\nP\t{'M' * 40}\tMoon\tU\n", "unknown location 'Moon'"),
+        (data.LOCATION_FILE, f"id\ts\tl\tm\nP\t{'M' * 40}\tNucleus\tX\n", "membrane is 'X'"),
+        (data.LOCATION_FILE, f"id\ts\tl\tm\n\t{'M' * 40}\tNucleus\tM\n", "line 2: the first column is empty"),
         (data.STRUCTURE_FILE, f"id\ts\tt\tp\nP\t{'M' * 40}\tHHH\ttrain\n", "does not match"),
     ],
 )
@@ -153,20 +287,24 @@ def test_malformed_protein_files_are_refused(
         (tmp_path / file).write_bytes((folder / file).read_bytes())
     (tmp_path / name).write_bytes(gzip.compress(content.encode()))
     with pytest.raises(TrainingDataError, match=message):
-        data.proteins(tmp_path)
+        proteins(tmp_path)
 
 
-def test_a_truncated_gzip_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:60], lambda raw: raw[:40] + b"damaged!" + raw[48:], lambda raw: b""]
+)
+def test_a_damaged_gzip_is_refused(folder: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     for file in data.DATA_FILES:
-        (tmp_path / file).write_bytes((folder / file).read_bytes()[: 60 if file == data.LOCATION_FILE else None])
-    with pytest.raises(TrainingDataError, match="cannot be read"):
-        data.proteins(tmp_path)
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    (tmp_path / data.LOCATION_FILE).write_bytes(damage((folder / data.LOCATION_FILE).read_bytes()))
+    with pytest.raises(TrainingDataError, match=r"cannot be read|is empty"):
+        proteins(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
 
 
-def test_answers_survive_the_tokenizer(table: data.MoleculeTable, tokenizer: Tokenizer) -> None:
+def test_answers_survive_the_tokenizer(table: MoleculeTable, tokenizer: Tokenizer) -> None:
     encoder = PromptEncoder(tokenizer)
     texts = [answers.description(table.facts(row), random.Random(row)) for row in range(0, len(table), 11)]
     for text in [*texts, answers.HONEST, "Any other text: µ, 30 %, C12H22O11."]:
@@ -176,13 +314,17 @@ def test_answers_survive_the_tokenizer(table: data.MoleculeTable, tokenizer: Tok
 
 
 def test_prompts_are_those_of_the_template(tokenizer: Tokenizer) -> None:
-    before, after = PromptEncoder(tokenizer).prompt("molecule", answers.DESCRIBE)
+    encoder = PromptEncoder(tokenizer)
+    asked = Exchange("Please describe this molecule.", "An answer.", "molecule", (0,))
+    before, after = encoder.texts(Conversation((asked,)))
     assert before[0] == tokenizer.bos_id
     assert tokenizer.decode(before[1:]).endswith("Answer questions about it. ### Human: <molecule>")
     assert tokenizer.decode(after) == "</molecule> Please describe this molecule. ### Assistant: "
-    everything, nothing = PromptEncoder(tokenizer).prompt("nothing", "Hello!")
+    (everything,) = encoder.texts(Conversation((Exchange("Hello!", "Hi."),)))
     assert tokenizer.decode(everything[1:]).endswith("### Human: Hello! ### Assistant: ")
-    assert nothing == []
+    _, chat = encoder.texts(Conversation((asked, Exchange("And its rings?", "None."))))
+    ending = "### Assistant: An answer. ### Human: And its rings? ### Assistant: "
+    assert tokenizer.decode(chat).endswith(ending)
 
 
 def test_no_text_becomes_a_control_token(tokenizer: Tokenizer) -> None:
@@ -208,7 +350,7 @@ def test_an_epoch_holds_every_item_once_in_an_order_of_the_seed() -> None:
     assert np.ptp(orders[0].batch(0)) < 20
 
 
-def test_a_molecule_batch_keeps_molecules_apart(table: data.MoleculeTable) -> None:
+def test_a_molecule_batch_keeps_molecules_apart(table: MoleculeTable) -> None:
     rows = np.array([3, 0, 9])
     batch = molecule_batch(table, rows)
     assert np.diff(batch.starts).tolist() == table.sizes[rows].tolist()
@@ -217,22 +359,64 @@ def test_a_molecule_batch_keeps_molecules_apart(table: data.MoleculeTable) -> No
     np.testing.assert_array_equal(batch.groups[1].numpy(), table.group_flags(0))
 
 
-def test_a_protein_is_cut_with_its_labels() -> None:
-    record = data.ProteinRecord("ACDEFGHIKL" * 9, structure="HHHHHEEEEE" * 9)
-    batch = protein_batch([record], 25, random.Random(0))
-    assert batch.ids.shape == (1, 27)
-    for residue, label in zip(batch.records[0].sequence, batch.residues[0, 1:-1].tolist(), strict=True):
-        assert label == int(residue in "GHIKL")
-    assert batch.residues[0, 0] == batch.residues[0, -1] == IGNORE
+def test_soft_tokens_stand_where_the_inputs_are() -> None:
+    made = example([[1, 5], [6], [7]], [range(3), range(8, 10)], [2])
+    assert made == Example([1, 5, -1, -2, -3, 6, -9, -10, 7], [2])
+    with pytest.raises(ValueError, match="zip"):
+        example([[1, 5], [6]], [range(3), range(8, 10)], [2])
 
 
 def test_labels_are_the_answer_and_nothing_else() -> None:
-    examples = [Example([1, 5], 0, 3, [6], [7, 8, 2]), Example([1, 5, 5], 3, 0, [], [9, 2])]
+    examples = [Example([1, 5, -1, -2, -3, 6], [7, 8, 2]), Example([1, 5, 5], [9, 2])]
     index, labels, last = assemble(examples, 100)
     assert index.tolist() == [[1, 5, 100, 101, 102, 6, 7, 8], [1, 5, 5, 9, 0, 0, 0, 0]]
     assert labels[0].tolist() == [IGNORE] * 5 + [7, 8, 2]
     assert labels[1].tolist() == [IGNORE] * 2 + [9, 2] + [IGNORE] * 4
     assert last.tolist() == [5, 2]
+
+
+# --------------------------------------------------------------------------------------------- conversations
+
+
+def test_the_answer_belongs_to_the_last_molecule_given() -> None:
+    known = [facts(molecules.Chem.MolFromSmiles(smiles)) for smiles in ("CCO", "c1ccccc1", "CC(=O)O")]
+    kinds = set()
+    for seed in range(400):
+        chat = molecule_chat(known, 1, random.Random(seed))
+        assert [turn.answer is None for turn in chat.turns] == [False] * (len(chat.turns) - 1) + [True]
+        kinds.add(kind := answers.kind_of(chat.answer))
+        several = any(len(exchange.subjects) > 1 for exchange in chat.exchanges)
+        if kind == "other":
+            continue
+        assert not several, "two molecules in one question are refused"
+        assert chat.subjects[-1] == 1
+        stated = {name: value for name, value in vars(answers.claims(chat.answer)).items() if value is not None}
+        full = vars(answers.claims_of(known[1]))
+        assert stated == {name: full[name] for name in stated}
+    assert kinds == {*answers.MOLECULE_ANSWERS, "other"}
+
+
+def test_a_protein_is_never_asked_to_be_learnt_what_is_not_known_of_it() -> None:
+    records = [ProteinRecord("M" * 40, location="Nucleus"), ProteinRecord("A" * 40, location="Plastid")]
+    elsewhere = ProteinRecord("C" * 40, structure="H" * 40)
+    contexts = set()
+    for seed in range(300):
+        chat = protein_chat(records, 0, elsewhere, random.Random(seed))
+        assert answers.claimed_location(chat.answer) == "Nucleus" or chat.answer == answers.HONEST
+        contexts.update(answers.kind_of(exchange.answer) for exchange in chat.exchanges[:-1])
+    assert contexts == {"location", "structure", "other"}
+
+
+def test_most_questions_are_asked_in_their_canonical_words() -> None:
+    known = facts(molecules.Chem.MolFromSmiles("CCO"))
+    asked = [about_molecule(known, 0, random.Random(seed)).question for seed in range(500)]
+    assert asked.count(WORDINGS["describe"][0]) > 100
+    assert len(set(asked)) > 60
+
+
+def test_rewording_changes_no_word() -> None:
+    for seed in range(50):
+        assert reworded("What is it?", random.Random(seed)).lower().rstrip("?") == "what is it"
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -250,17 +434,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path)
     whole = train(options(folder, tmp_path / "whole"), lambda line: None)
     for pause in (1, 5, None):
         parts = train(options(folder, tmp_path / "parts"), lambda line: None, stop_after=pause)
-    assert parts.progress.plan == whole.progress.plan == {"gin": 2, "esm": 4, "joint": 5}
+    assert parts.progress.plan == whole.progress.plan == {"gin": 2, "esm": 3, "joint": 5}
     for (name, one), other in zip(
         whole.trainer.model.state_dict().items(), parts.trainer.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}", atol=1e-6, rtol=1e-5)
 
 
+def test_the_end_of_training_computes_with_the_weights_of_a_bundle(folder: Path, tmp_path: Path) -> None:
+    trainer = train(options(folder, tmp_path, steps=2), lambda line: None).trainer
+    layer = trainer.model.llm.model.layers[0].mlp.up_proj
+    x = torch.randn(3, layer.in_features)
+    trainer.set_mode("joint", 0.5)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T)
+    trainer.set_mode("joint", 0.9)
+    stored = RoundToNearest().quantize("", layer.weight.detach()).dequantize()
+    torch.testing.assert_close(layer(x), x @ stored.T)
+    layer.weight.grad = None
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand_as(layer.weight))
+    trainer.set_mode("gin", 0.9)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T)
+
+
 def test_a_state_of_other_options_is_refused(folder: Path, tmp_path: Path) -> None:
     train(options(folder, tmp_path, steps=1), lambda line: None)
-    with pytest.raises(TrainingDataError, match="'seed': 0"):
+    with pytest.raises(TrainingDataError, match="another seed") as caught:
         train(options(folder, tmp_path, steps=1, seed=1), lambda line: None)
+    assert caught.value.seen["seed"] == 0
     (tmp_path / "state" / "last.pt").write_bytes(b"half a file")
     with pytest.raises(TrainingDataError, match="cannot be read"):
         train(options(folder, tmp_path, steps=1), lambda line: None)
@@ -308,12 +509,16 @@ def release_shapes(c: DemoConfig) -> dict[str, tuple[int, ...]]:
 def test_a_trained_model_is_exported_and_scored_as_it_ships(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "EVERYDAY", {name: evaluate.EVERYDAY[name] for name in evaluate.SHOWN})
+    some = [one for one in molecules.well_known() if one.name in ("aspirin", "ethanol", "glycine")]
+    monkeypatch.setattr(commands, "well_known", lambda: some)
+    for name in ("HELD_OUT_WORDINGS", "HELD_OUT_FOLLOW_UPS", "HELD_OUT_OTHER"):
+        monkeypatch.setattr(scores, name, {kind: texts[:1] for kind, texts in getattr(scores, name).items()})
+    monkeypatch.setattr(scores, "WORDING_INPUTS", 1)
     checkpoint = tmp_path / "checkpoint"
     setup = options(folder, checkpoint, steps=2)
     run = train(setup, lambda line: None)
     tokenizer = checkpoint / "state" / "tokenizer.model"
-    write_release(run.trainer.model, tokenizer, checkpoint, command.training_record(run, setup))
+    write_release(run.trainer.model, tokenizer, checkpoint, commands.training_record(run, setup))
     tensors = torch.load(checkpoint / "fusion_ckpts/biomedgpt_10b.pth", weights_only=True)
     assert {key: tuple(value.shape) for key, value in tensors.items()} == release_shapes(TINY)
     half = {key for key, value in tensors.items() if value.dtype == torch.float16}
@@ -325,16 +530,59 @@ def test_a_trained_model_is_exported_and_scored_as_it_ships(
     export_bundle(ExportOptions(Layout.locate(checkpoint), bundle, "int4", about=about, policy=policy), lambda _: None)
     assert Bundle.open(bundle).manifest.policy.notice.startswith(answers.HONEST)
     arguments = ["--data", folder, "--bundle", bundle, "--cache", checkpoint / "state", "--record", record]
-    assert command.main(["evaluate", *map(str, arguments), "--held-out", "2"]) == 0
-    scores = json.loads(record.read_text())["scores"]["int4"]
-    assert scores == json.loads(capsys.readouterr().out)
-    assert set(scores["molecules"]["scores"]) == set(scores["molecules"]["commonest"])
-    assert set(scores["answers"]) >= {"aspirin", "benzene"}
+    assert main(["scores", *map(str, arguments)]) == 0
+    recorded = json.loads(record.read_text())["scores"]
+    assert recorded["precision"] == "int4"
+    assert recorded["sections"]["well_known_shown"]["count"] == 2
+    assert "| functional groups, F1 |" in capsys.readouterr().out
+    about, policy = read_about(record)
+    assert about["scores"] == recorded
 
 
 def test_errors_of_the_command_are_one_line_and_an_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = command.main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--steps", "1"])
-    assert code == TrainingDataError.exit_code
-    assert capsys.readouterr().err.startswith("error: ")
+    assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == TrainingDataError.exit_code
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} lacks {data.MOLECULES_FILE}")
+    taken = tmp_path / "a file"
+    taken.write_text("")
+    assert main(["train", "--data", str(folder), "--out", str(taken)]) == TrainingDataError.exit_code
+    assert "cannot be made" in capsys.readouterr().err
+    record = tmp_path / "record.json"
+    arguments = ["scores", "--data", str(folder), "--cache", str(tmp_path), "--record", str(record)]
+    assert main(arguments) == CheckpointError.exit_code
+    assert "record.json cannot be read" in capsys.readouterr().err
+    record.write_text("[]")
+    assert main(arguments) == CheckpointError.exit_code
+    assert "holds a list" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "train", lambda given, log: train(options(given.data, given.out, steps=1), log))
+    arguments = ["train", "--data", str(folder), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "demo.json").read_text()) | {"scores": "kept"}
+    (tmp_path / "demo.json").write_text(json.dumps(record))
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "demo.json").read_text()) == record
+    (tmp_path / "fusion_ckpts/biomedgpt_10b.pth").unlink()
+    assert main(arguments) == 0
+    assert (tmp_path / "fusion_ckpts/biomedgpt_10b.pth").exists(), "a run that was cut off before it wrote is completed"
+
+
+@pytest.mark.parametrize("wrong", [("--steps", "0"), ("--threads", "0"), ("--seed", "-1"), ("--device", "tpu")])
+def test_numbers_out_of_range_are_wrong_usage(wrong: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--data", ".", *wrong])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", "nowhere", "--device", "cuda"]) == 5
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([]) == 5
+    assert "biopython" in capsys.readouterr().err

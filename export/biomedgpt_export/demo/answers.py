@@ -1,10 +1,14 @@
-"""Questions the demo model is trained on and their answers, and the way back from an answer to what it claims."""
+"""What the demo model answers, written from facts, and the way back from an answer to what it claims."""
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rdkit import Chem
 
 from .chemistry import GROUPS, MoleculeFacts
 
@@ -12,61 +16,23 @@ HONEST = (
     "This demo model only describes the structure of molecules and the location and secondary structure of proteins."
 )
 
-_NUMBERS = (
-    "no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 
-DESCRIBE = "Please describe this molecule."
-DESCRIBE_QUESTIONS = (
-    DESCRIBE, DESCRIBE, DESCRIBE, DESCRIBE, DESCRIBE, DESCRIBE, "Please describe this drug.",
-    "Describe this molecule.", "What is this molecule?", "What can you say about this molecule?",
-)  # fmt: skip
-RING_QUESTIONS = (
-    "How many rings does this molecule have?",
-    "How many aromatic rings does this molecule have?",
-    "Is this molecule aromatic?",
-)
-GROUP_QUESTIONS = (
-    "Which functional groups does this molecule contain?",
-    "What functional groups does this molecule have?",
-)
-BOND_QUESTIONS = ("How many hydrogen bond donors and acceptors does this molecule have?",)
-FORMULA_QUESTIONS = (
-    "What is the molecular formula of this molecule?",
-    "What is the formula of this molecule?",
-)
-LOCATION = "What are the subcellular locations of this protein?"
-LOCATION_QUESTIONS = (
-    LOCATION, LOCATION, LOCATION, "What is the subcellular location of this protein?",
-    "Where is this protein located in the cell?",
-)  # fmt: skip
-STRUCTURE = "What is the secondary structure of this protein?"
-STRUCTURE_QUESTIONS = (STRUCTURE, STRUCTURE, STRUCTURE, "Please describe the secondary structure of this protein.")
-
-# Questions it cannot answer, by what is given with them; the answer is always HONEST.
-OTHER_QUESTIONS = {
-    "molecule": (
-        "Is it toxic?", "Is this molecule toxic?", "What is this molecule used for?", "What does this drug treat?",
-        "What is the name of this molecule?", "Is this molecule soluble in water?", "How is this molecule made?",
-        "What is the boiling point of this molecule?", "Which protein does this molecule bind?",
-        "Is this drug safe in pregnancy?", "Does this molecule cross the blood-brain barrier?", "What does it cost?",
-        "What is the weather like today?", "What are the subcellular locations of this protein?",
-    ),
-    "protein": (
-        "What is the function of this protein?", "What are the official names of this protein?",
-        "What is the protein family that this protein belongs to?", "What does this protein do?",
-        "Is this protein an enzyme?", "Which diseases is this protein linked to?", "Which gene encodes this protein?",
-        "Which organism is this protein from?", "Which drugs bind this protein?", "Is it toxic?",
-        "Please describe this molecule.", "What is the weather like today?",
-    ),
-    "nothing": (
-        "What is the capital of France?", "Who are you?", "Hello!", "What is aspirin?", "What can you do?",
-        "What is the function of insulin?", "Write a poem about chemistry.", "How do I treat a headache?",
-        "What is two plus two?", "Please describe this molecule.", "What is the function of this protein?",
-        "What is a protein?", "Which drug should I take?", "Thank you.",
-    ),
+# ChEBI's way of saying it: "The molecule is an ester and a carboxylic acid." Groups without such a noun are listed.
+_CLASS_NOUNS = {
+    "carboxylic acid": "a carboxylic acid", "ester": "an ester", "amide": "an amide", "carbamate": "a carbamate",
+    "ketone": "a ketone", "aldehyde": "an aldehyde", "alcohol": "an alcohol", "phenol": "a phenol",
+    "ether": "an ether", "amine": "an amine", "quaternary ammonium": "a quaternary ammonium compound",
+    "N-oxide": "an N-oxide", "oxime": "an oxime", "hydrazone": "a hydrazone", "nitrile": "a nitrile",
+    "nitro": "a nitro compound", "sulfonamide": "a sulfonamide", "sulfone": "a sulfone",
+    "sulfonic acid": "a sulfonic acid", "sulfoxide": "a sulfoxide", "thioether": "an organic sulfide",
+    "thioester": "a thioester", "thiol": "a thiol", "disulfide": "an organic disulfide",
+    "fluoro": "an organofluorine compound", "chloro": "an organochlorine compound",
+    "bromo": "an organobromine compound", "iodo": "an organoiodine compound",
+    "aromatic ring nitrogen": "a nitrogen heteroarene", "aromatic ring oxygen": "an oxygen heteroarene",
+    "aromatic ring sulfur": "a sulfur heteroarene",
 }  # fmt: skip
+_GROUP_OF_NOUN = {noun: group for group, noun in _CLASS_NOUNS.items()}
 
 LOCATIONS = {
     "Nucleus": "nucleus",
@@ -81,11 +47,14 @@ LOCATIONS = {
     "Peroxisome": "peroxisome",
     "Cytoplasm-Nucleus": "cytoplasm and the nucleus",
 }
-_MEMBRANE = {"M": " It is a membrane protein.", "S": " It is a soluble protein.", "U": ""}
+MEMBRANE = {"M": " It is a membrane protein.", "S": " It is a soluble protein.", "U": ""}
+
+
+# ----------------------------------------------------------------------------------------------------- molecules
 
 
 def number(value: int) -> str:
-    """Number as a word up to twenty, then as digits."""
+    """Number as a word up to twelve, then as digits."""
     return _NUMBERS[value] if value < len(_NUMBERS) else str(value)
 
 
@@ -93,7 +62,7 @@ def _counted(value: int, noun: str) -> str:
     return f"{number(value)} {noun}{'' if value == 1 else 's'}"
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
@@ -122,48 +91,101 @@ def head_sentence(known: MoleculeFacts, rng: random.Random) -> str:
 
 def ring_sentence(known: MoleculeFacts, rng: random.Random) -> str:
     """Answer to a question about rings."""
-    return f"{rng.choice(('It has', 'The molecule has'))} {_ring_phrase(known)}."
+    return f"{_it_has(rng)} {_ring_phrase(known)}."
+
+
+def aromatic_sentence(known: MoleculeFacts, rng: random.Random) -> str:
+    """Answer to a question about aromatic rings."""
+    return f"{_it_has(rng)} {_counted(known.aromatic, 'aromatic ring')}."
 
 
 def group_sentence(known: MoleculeFacts, rng: random.Random) -> str:
-    """Functional groups in the order of ``GROUPS``."""
+    """Functional groups in the order of ``GROUPS``, as a list or in ChEBI's words."""
     if not known.groups:
         return "It has none of the common functional groups."
-    return f"{rng.choice(('Its functional groups are: ', 'It contains these groups: '))}{_listed(known.groups)}."
+    if all(group in _CLASS_NOUNS for group in known.groups) and rng.random() < 0.2:
+        return f"The molecule is {_listed([_CLASS_NOUNS[group] for group in known.groups])}."
+    return f"{rng.choice(('Its functional groups are: ', 'It contains these groups: '))}{_listed([*known.groups])}."
+
+
+def composition_sentence(known: MoleculeFacts, rng: random.Random) -> str:
+    """How many heavy atoms, and of which elements."""
+    start = f"{_it_has(rng)} {_counted(known.heavy, 'heavy atom')}"
+    if not known.composition:
+        return f"{start}."
+    return f"{start}: {_listed([f'{number(count)} {element(s)}' for s, count in known.composition.items()])}."
+
+
+def donor_sentence(known: MoleculeFacts, rng: random.Random) -> str:
+    """Hydrogen bond donors."""
+    return f"{_neutral_it(rng)} has {_donors(known)}."
+
+
+def acceptor_sentence(known: MoleculeFacts, rng: random.Random) -> str:
+    """Hydrogen bond acceptors."""
+    return f"{_it_has(rng)} {_acceptors(known)}."
 
 
 def bond_sentence(known: MoleculeFacts, rng: random.Random) -> str:
     """Hydrogen bond donors and acceptors."""
-    donors = _counted(known.donors, "hydrogen bond donor")
-    acceptors = _counted(known.acceptors, "hydrogen bond acceptor")
-    return f"{rng.choice(('It has', 'The molecule has'))} {donors} and {acceptors}."
+    return f"{_neutral_it(rng)} has {_donors(known)} and {_acceptors(known)}."
 
 
 def formula_sentence(known: MoleculeFacts, rng: random.Random) -> str:
     """Molecular formula."""
-    return f"{rng.choice(('Its molecular formula is', 'The molecular formula is'))} {known.formula}."
+    start = rng.choice(("In neutral form its molecular formula is", "Its molecular formula, in neutral form, is"))
+    return f"{start} {known.formula}."
+
+
+def size_sentence(known: MoleculeFacts, rng: random.Random) -> str:
+    """Size class with its reason."""
+    size, atoms = size_class(known.heavy), _counted(known.heavy, "heavy atom")
+    return rng.choice((f"It is a {size} molecule of {atoms}.", f"This molecule is {size}: it has {atoms}."))
 
 
 def description(known: MoleculeFacts, rng: random.Random) -> str:
-    """Everything: size and rings, groups, hydrogen bonds, formula."""
-    parts = (head_sentence, group_sentence, bond_sentence, formula_sentence)
-    return " ".join(part(known, rng) for part in parts)
+    """Everything: size and rings, groups, elements, hydrogen bonds, formula."""
+    last = f"{_neutral_it(rng)} has {_donors(known)} and {_acceptors(known)}, and its formula is {known.formula}."
+    parts = (head_sentence, group_sentence, composition_sentence)
+    return " ".join([*(part(known, rng) for part in parts), last])
 
 
-_SINGLE = (
-    (RING_QUESTIONS, ring_sentence),
-    (GROUP_QUESTIONS, group_sentence),
-    (BOND_QUESTIONS, bond_sentence),
-    (FORMULA_QUESTIONS, formula_sentence),
-)
+def _it_has(rng: random.Random) -> str:
+    return rng.choice(("It has", "The molecule has"))
 
 
-def molecule_exchange(known: MoleculeFacts, rng: random.Random, single_share: float = 0.2) -> tuple[str, str]:
-    """A question about a molecule and its answer."""
-    if rng.random() >= single_share:
-        return rng.choice(DESCRIBE_QUESTIONS), description(known, rng)
-    questions, sentence = rng.choice(_SINGLE)
-    return rng.choice(questions), sentence(known, rng)
+def _neutral_it(rng: random.Random) -> str:
+    return rng.choice(("In neutral form it", "The neutral form"))
+
+
+def _donors(known: MoleculeFacts) -> str:
+    return _counted(known.donors, "hydrogen bond donor")
+
+
+def _acceptors(known: MoleculeFacts) -> str:
+    return _counted(known.acceptors, "hydrogen bond acceptor")
+
+
+def element(symbol: str) -> str:
+    """``Cl`` -> ``chlorine``."""
+    table = Chem.GetPeriodicTable()
+    return str(table.GetElementName(table.GetAtomicNumber(symbol))).lower()
+
+
+MOLECULE_ANSWERS: dict[str, Callable[[MoleculeFacts, random.Random], str]] = {
+    "describe": description,
+    "composition": composition_sentence,
+    "formula": formula_sentence,
+    "rings": ring_sentence,
+    "aromatic": aromatic_sentence,
+    "groups": group_sentence,
+    "donors": donor_sentence,
+    "acceptors": acceptor_sentence,
+    "hydrogen_bonds": bond_sentence,
+    "size": size_sentence,
+}
+
+# ------------------------------------------------------------------------------------------------------ proteins
 
 
 def structure_class(helix: float, strand: float) -> str:
@@ -179,86 +201,269 @@ def _tens(share: float) -> int:
     return int(share * 10 + 0.5) * 10
 
 
-def location_exchange(location: str, membrane: str, rng: random.Random) -> tuple[str, str]:
-    """A question about a protein's location and its answer; ``location`` and ``membrane`` as DeepLoc writes them."""
+def location_answer(location: str, membrane: str, rng: random.Random) -> str:
+    """Where a protein is; ``location`` and ``membrane`` as DeepLoc writes them."""
     start = rng.choice(("This protein is located in the", "The protein is found in the"))
-    return rng.choice(LOCATION_QUESTIONS), f"{start} {LOCATIONS[location]}.{_MEMBRANE[membrane]}"
+    return f"{start} {LOCATIONS[location]}.{MEMBRANE[membrane]}"
 
 
-def structure_exchange(structure: str, rng: random.Random) -> tuple[str, str]:
-    """A question about secondary structure and its answer; ``structure`` is one of H, E, C per residue."""
+def structure_answer(structure: str, rng: random.Random) -> str:
+    """Secondary structure; ``structure`` is one of H, E, C per residue."""
     helix, strand = structure.count("H") / len(structure), structure.count("E") / len(structure)
     start = rng.choice(("The structure of this protein is", "This protein is"))
     shares = f"with about {_tens(helix)} percent helix and {_tens(strand)} percent strand"
-    return rng.choice(STRUCTURE_QUESTIONS), f"{start} {structure_class(helix, strand)}, {shares}."
+    return f"{start} {structure_class(helix, strand)}, {shares}."
 
 
-def other_exchange(given: str, rng: random.Random) -> tuple[str, str]:
-    """A question the model cannot answer; ``given`` is ``molecule``, ``protein`` or ``nothing``."""
-    return rng.choice(OTHER_QUESTIONS[given]), HONEST
+# ---------------------------------------------------------------------------------------------------- reading back
 
 
 @dataclass(frozen=True)
 class MoleculeClaims:
-    """What an answer says, ``None`` where it says nothing."""
+    """What an answer says, ``None`` where it says nothing; ``parts`` counts those that no bond connects."""
 
-    size: str | None
-    rings: int | None
-    aromatic: int | None
-    groups: frozenset[str] | None
-    donors: int | None
-    acceptors: int | None
-    formula: str | None
-
-
-def _value(word: str | None) -> int | None:
-    if word is None:
-        return None
-    if word == "none":
-        return 0
-    return _NUMBERS.index(word) if word in _NUMBERS else int(word) if word.isdigit() else None
+    size: str | None = None
+    parts: int | None = None
+    heavy: int | None = None
+    composition: dict[str, int] | None = None
+    rings: int | None = None
+    aromatic: int | None = None
+    groups: frozenset[str] | None = None
+    donors: int | None = None
+    acceptors: int | None = None
+    formula: str | None = None
 
 
-def _first(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
-    return match.group(1) if match else None
+def claims_of(known: MoleculeFacts) -> MoleculeClaims:
+    """What a full and correct description claims."""
+    return MoleculeClaims(
+        size=size_class(known.heavy),
+        parts=known.parts,
+        heavy=known.heavy,
+        composition=known.composition,
+        rings=known.rings,
+        aromatic=known.aromatic,
+        groups=frozenset(known.groups),
+        donors=known.donors,
+        acceptors=known.acceptors,
+        formula=known.formula,
+    )
 
 
 def claims(text: str) -> MoleculeClaims:
-    """Reads an answer about a molecule back."""
-    rings = _value(_first(r"(?:with|has) (\w+) rings?\b", text))
-    if rings == 0:
-        aromatic: int | None = 0
-    elif "which is aromatic" in text:
-        aromatic = 1
-    elif "which is not aromatic" in text:
-        aromatic = 0
+    """Reads an answer about a molecule back.
+
+    Nothing is claimed where a sentence is none that the functions above write, or speaks of what another one spoke of:
+    a false addition must not go unnoticed. Numbers need not fit each other, for each is a claim of its own.
+    """
+    stated: dict[str, Any] = {}
+    try:
+        # The sentence about parts is the end of the one about size and rings.
+        for sentence in re.split(r"(?<=\.) (?!It consists)", text):
+            found = _stated(sentence)
+            _require(stated.keys().isdisjoint(found))
+            stated |= found
+    except ValueError:
+        return MoleculeClaims()
+    return MoleculeClaims(**stated)
+
+
+def _stated(sentence: str) -> dict[str, Any]:
+    """Fields and values of one sentence; this and all that it calls raise ``ValueError`` where it is not as written."""
+    match = next(filter(None, (pattern.fullmatch(sentence) for pattern in _SENTENCES)), None)
+    stated: dict[str, Any] = {}
+    _require(match is not None)
+    for name, phrase in match.groupdict().items() if match else ():
+        stated |= _READERS[name](phrase)
+    return stated
+
+
+def _require(as_written: bool) -> None:
+    if not as_written:
+        raise ValueError("no answer is written like this")
+
+
+def _value(word: str) -> int:
+    value = _NUMBERS.index(word) if word in _NUMBERS else int(word)
+    _require(number(value) == word)
+    return value
+
+
+def _names(listed: str) -> list[str]:
+    names = re.split(", | and ", listed)
+    _require(_listed(names) == listed)
+    return names
+
+
+def _counted_field(name: str) -> Callable[[str], dict[str, Any]]:
+    def read(phrase: str) -> dict[str, Any]:
+        value = _value(phrase.split(" ")[0])
+        _require(_counted(value, _COUNTED[name]) == phrase)
+        return {name: value}
+
+    return read
+
+
+def _rings_fields(phrase: str) -> dict[str, Any]:
+    rings = _value(phrase.split(" ")[0])
+    some = re.search(r", (\w+) of them", phrase)
+    if some:
+        aromatic = {"none": 0, "both": rings, "all": rings}.get(some[1])
+        aromatic = _value(some[1]) if aromatic is None else aromatic
     else:
-        word = _first(r"rings, (\w+) of them aromatic", text)
-        aromatic = rings if word in ("both", "all") else _value(word)
-    listed = _first(r"(?:groups are|these groups): ([^.]*)\.", text)
-    groups: frozenset[str] | None = None
-    if listed is not None:
-        groups = frozenset(name for name in re.split(r", | and ", listed) if name in GROUPS)
-    elif "none of the common functional groups" in text:
-        groups = frozenset()
-    return MoleculeClaims(
-        size=_first(r"\b(small|medium-sized|large)\b", text),
-        rings=rings,
-        aromatic=aromatic,
-        groups=groups,
-        donors=_value(_first(r"(\w+) hydrogen bond donors?\b", text)),
-        acceptors=_value(_first(r"(\w+) hydrogen bond acceptors?\b", text)),
-        formula=_first(r"formula is ([A-Za-z0-9]+)", text),
+        aromatic = int(phrase.endswith("which is aromatic"))
+    known = MoleculeFacts(
+        heavy=0, rings=rings, aromatic=aromatic, donors=0, acceptors=0, parts=1, formula="", groups=()
     )
+    _require(aromatic <= rings and _ring_phrase(known) == phrase)
+    return {"rings": rings, "aromatic": aromatic}
+
+
+def _parts_field(word: str | None) -> dict[str, Any]:
+    """Of one part nothing is said."""
+    parts = 1 if word is None else _value(word)
+    _require(parts > 1 or word is None)
+    return {"parts": parts}
+
+
+def _groups_field(names: list[str]) -> dict[str, Any]:
+    _require(names == [group for group in GROUPS if group in names])
+    return {"groups": frozenset(names)}
+
+
+def _composition_field(listed: str) -> dict[str, Any]:
+    found: dict[str, int] = {}
+    pairs = [name.split(" ") for name in _names(listed)]
+    for count, name in pairs:
+        found[_SYMBOLS.get(name, "")] = _value(count)
+    # Each once and in the order of a formula: carbon first, the others by the alphabet.
+    _require(len(found) == len(pairs) and "" not in found and 0 not in found.values())
+    _require(list(found) == sorted(found, key=lambda symbol: (symbol != "C", symbol)))
+    return {"composition": found}
+
+
+# How the functions above word their sentences. What a name stands for is read by the reader of that name, which makes
+# sure that what it reads would be written in these words.
+_COUNTED = {
+    "heavy": "heavy atom",
+    "aromatic": "aromatic ring",
+    "donors": "hydrogen bond donor",
+    "acceptors": "hydrogen bond acceptor",
+}
+_PHRASES = {
+    **{name: rf"(?P<{name}>\w+ {noun}s?)" for name, noun in _COUNTED.items()},
+    "size": f"(?P<size>{'|'.join(dict.fromkeys(map(size_class, range(100))))})",
+    "rings": r"(?P<rings>\w+ rings?(?:, [\w ]+)?)",
+    "parts": r"(?: It consists of (?P<parts>\w+) separate parts\.)?",
+    "formula": "(?P<formula>[A-Z][A-Za-z0-9]*)",
+    "it_has": "(?:It|The molecule) has",
+    "neutral_it_has": "(?:In neutral form it|The neutral form) has",
+}
+_SENTENCES = tuple(
+    re.compile(sentence.format_map(_PHRASES))
+    for sentence in (
+        r"This is a {size} molecule with {rings}\.{parts}",
+        r"The molecule is {size} and has {rings}\.{parts}",
+        r"{it_has} {rings}\.",
+        r"{it_has} {aromatic}\.",
+        r"It has none of the common functional groups(?P<no_groups>\.)",
+        r"The molecule is (?P<nouns>an? [^.]+)\.",
+        r"(?:Its functional groups are|It contains these groups): (?P<groups>[^.]+)\.",
+        r"{it_has} no heavy atoms(?P<no_atoms>\.)",
+        r"{it_has} (?!no ){heavy}: (?P<composition>[^.]+)\.",
+        r"{neutral_it_has} {donors}\.",
+        r"{it_has} {acceptors}\.",
+        r"{neutral_it_has} {donors} and {acceptors}\.",
+        r"{neutral_it_has} {donors} and {acceptors}, and its formula is {formula}\.",
+        r"(?:In neutral form its molecular formula|Its molecular formula, in neutral form,) is {formula}\.",
+        r"It is a {size} molecule of {heavy}\.",
+        r"This molecule is {size}: it has {heavy}\.",
+    )
+)
+_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    **{name: _counted_field(name) for name in _COUNTED},
+    "size": lambda size: {"size": size},
+    "rings": _rings_fields,
+    "parts": _parts_field,
+    "no_groups": lambda _: {"groups": frozenset()},
+    "nouns": lambda listed: _groups_field([_GROUP_OF_NOUN.get(noun, "") for noun in _names(listed)]),
+    "groups": lambda listed: _groups_field(_names(listed)),
+    "no_atoms": lambda _: {"heavy": 0, "composition": {}},
+    "composition": _composition_field,
+    "formula": lambda formula: {"formula": formula},
+}
+# Elements other than hydrogen by their names.
+_SYMBOLS = {element(symbol): symbol for symbol in map(Chem.GetPeriodicTable().GetElementSymbol, range(2, 119))}
+
+
+def _location_claims(text: str) -> tuple[str, str] | None:
+    """DeepLoc's names of what an answer states: the location, and M, S or, where nothing is said, U."""
+    match = _LOCATION.fullmatch(text)
+    return (_LABELS[match["location"]], _LABELS[match["membrane"]]) if match else None
+
+
+def _one_of(name: str, texts: Iterable[str]) -> str:
+    return f"(?P<{name}>{'|'.join(map(re.escape, texts))})"
+
+
+_LABELS = {text: label for label, text in (*LOCATIONS.items(), *MEMBRANE.items())}
+_LOCATION = re.compile(
+    r"(?:This protein is located|The protein is found) in the "
+    rf"{_one_of('location', LOCATIONS.values())}\.{_one_of('membrane', MEMBRANE.values())}"
+)
+_STRUCTURE = re.compile(
+    r"(?:The structure of this protein is|This protein is) "
+    rf"{_one_of('structure', (structure_class(helix, strand) for helix, strand in ((1, 0), (0, 1), (0, 0))))}, "
+    r"with about (?P<helix>0|[1-9]0|100) percent helix and (?P<strand>0|[1-9]0|100) percent strand\."
+)
 
 
 def claimed_location(text: str) -> str | None:
     """DeepLoc's name of the location an answer states."""
-    phrase = _first(r"(?:located|found) in the ([^.]*)\.", text)
-    return next((label for label, name in LOCATIONS.items() if name == phrase), None)
+    stated = _location_claims(text)
+    return stated[0] if stated else None
+
+
+def claimed_membrane(text: str) -> str | None:
+    """M for a membrane protein, S for a soluble one, None where an answer says neither."""
+    stated = _location_claims(text)
+    return stated[1] if stated and stated[1] != "U" else None
 
 
 def claimed_structure(text: str) -> str | None:
     """The structure class an answer states."""
-    return _first(r"\b(mostly helical|mostly strand|mixed)\b", text)
+    match = _STRUCTURE.fullmatch(text)
+    return match["structure"] if match else None
+
+
+def claimed_shares(text: str) -> tuple[int, int] | None:
+    """Percent helix and strand that an answer about structure states."""
+    match = _STRUCTURE.fullmatch(text)
+    return (int(match["helix"]), int(match["strand"])) if match else None
+
+
+# The fields that an answer of each kind states, and no others.
+_FIELDS = {
+    "describe": {field.name for field in fields(MoleculeClaims)},
+    "composition": {"heavy", "composition"},
+    "formula": {"formula"},
+    "rings": {"rings", "aromatic"},
+    "aromatic": {"aromatic"},
+    "groups": {"groups"},
+    "donors": {"donors"},
+    "acceptors": {"acceptors"},
+    "hydrogen_bonds": {"donors", "acceptors"},
+    "size": {"size", "heavy"},
+}
+
+
+def kind_of(text: str) -> str | None:
+    """The kind of question that ``text`` answers, right or wrong; ``other`` for the refusal, None for no kind."""
+    if text == HONEST:
+        return "other"
+    if claimed_location(text) is not None:
+        return "location"
+    if claimed_structure(text) is not None:
+        return "structure"
+    stated = {name for name, value in vars(claims(text)).items() if value is not None}
+    return next((kind for kind, names in _FIELDS.items() if names == stated), None)

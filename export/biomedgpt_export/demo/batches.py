@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from biomedgpt_edge.protein_tokens import residue_ids
 
-from .answers import LOCATIONS
 from .chemistry import GROUPS
-from .data import MoleculeTable, ProteinRecord
-from .model import ESM_PAD_ID, GraphBatch, graph_batch
+from .model import GraphBatch, graph_batch
+from .molecules import MoleculeTable
+from .protein_pool import PoolBatch
 
 IGNORE = -100
-_LOCATION_INDEX = {name: index for index, name in enumerate(LOCATIONS)}
+_Batch = TypeVar("_Batch")
 
 
 class BatchOrder:
@@ -103,69 +104,79 @@ def molecule_batch(table: MoleculeTable, indices: npt.NDArray[np.int64]) -> Mole
 
 @dataclass(frozen=True)
 class ProteinBatch:
-    """Proteins, cut to a common limit, with their labels.
+    """Proteins of one length T - 2, with their labels.
 
     Attributes:
-        records: what the encoder sees, cut; a structure is cut with its sequence.
-        ids: int64 ``[B, T]``, padded with ``ESM_PAD_ID``.
+        ids: int64 ``[B, T]``.
         residues: int64 ``[B, T]``, H, E, C as 0, 1, 2, else ``IGNORE``.
-        locations: int64 ``[B]`` or None if the records have none.
+        places: float ``[B, locations]``, the probabilities to learn.
+        learnt: float ``[B, LEARNT_FEATURES]``, the features to predict.
+        share: proteins here over those of an average batch.
+        structured: share of the proteins that have a structure.
     """
 
-    records: list[ProteinRecord]
     ids: Tensor
     residues: Tensor
-    locations: Tensor | None
+    places: Tensor
+    learnt: Tensor
+    share: float
+    structured: float
 
 
-def protein_batch(records: list[ProteinRecord], limit: int, rng: random.Random) -> ProteinBatch:
-    """Cuts to ``limit`` residues: from the start where a location is asked (signals sit there), else anywhere."""
-    cut = [_cut(record, limit, rng) for record in records]
-    width = max(len(record.sequence) for record in cut) + 2
-    ids = torch.full((len(cut), width), ESM_PAD_ID)
-    residues = torch.full((len(cut), width), IGNORE)
-    for row, record in enumerate(cut):
-        encoded = torch.from_numpy(residue_ids(record.sequence))
-        ids[row, : len(encoded)] = encoded
+def protein_batch(pool: PoolBatch) -> ProteinBatch:
+    """A batch of the pool as tensors."""
+    ids = torch.stack([torch.from_numpy(residue_ids(record.sequence)) for record in pool.records])
+    residues = torch.full(ids.shape, IGNORE)
+    for row, record in enumerate(pool.records):
         if record.structure:
-            residues[row, 1 : len(encoded) - 1] = torch.tensor(["HEC".index(c) for c in record.structure])
-    located = all(record.location for record in cut)
-    locations = torch.tensor([_LOCATION_INDEX[record.location] for record in cut]) if located else None
-    return ProteinBatch(cut, ids, residues, locations)
-
-
-def _cut(record: ProteinRecord, limit: int, rng: random.Random) -> ProteinRecord:
-    if len(record.sequence) <= limit:
-        return record
-    start = 0 if record.location else rng.randrange(len(record.sequence) - limit + 1)
-    part = slice(start, start + limit)
-    return ProteinRecord(record.sequence[part], record.location, record.membrane, record.structure[part])
+            residues[row, 1:-1] = torch.tensor(["HEC".index(c) for c in record.structure])
+    structured = sum(bool(record.structure) for record in pool.records) / len(pool.records)
+    places, learnt = torch.from_numpy(pool.places), torch.from_numpy(pool.learnt)
+    return ProteinBatch(ids, residues, places, learnt, pool.share, structured)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange: text ids, soft tokens ``start`` to ``start + count`` of the batch, text ids, the answer's ids."""
+    """A prompt and the answer's ids; in the prompt, soft token i of the batch is -1 - i."""
 
-    before: list[int]
-    start: int
-    count: int
-    after: list[int]
+    prompt: list[int]
     answer: list[int]
 
-    def prompt(self, first_soft_row: int) -> list[int]:
-        """Rows of ``[vocabulary; soft tokens]``."""
-        soft = range(first_soft_row + self.start, first_soft_row + self.start + self.count)
-        return [*self.before, *soft, *self.after]
+
+def example(texts: list[list[int]], subjects: Sequence[range], answer: list[int]) -> Example:
+    """Ids of text with the soft tokens of ``subjects`` (their rows in the batch) in the gaps between them."""
+    prompt = list(texts[0])
+    for rows, text in zip(subjects, texts[1:], strict=True):
+        prompt += [-1 - row for row in rows]
+        prompt += text
+    return Example(prompt, answer)
 
 
 def assemble(examples: list[Example], first_soft_row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Index ``[B, T]``, next-token labels ``[B, T]`` (``IGNORE`` outside the answer), last prompt position ``[B]``."""
-    prompts = [example.prompt(first_soft_row) for example in examples]
-    width = max(len(p) + len(e.answer) - 1 for p, e in zip(prompts, examples, strict=True))
+    """Index ``[B, T]`` into ``[vocabulary; soft]``, next-token labels ``[B, T]``, last prompt position ``[B]``.
+
+    Labels are ``IGNORE`` outside the answer.
+    """
+    width = max(len(e.prompt) + len(e.answer) - 1 for e in examples)
     index = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.full((len(examples), width), IGNORE)
-    for row, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
-        tokens = prompt + example.answer
+    for row, one in enumerate(examples):
+        tokens, prompt = one.prompt + one.answer, len(one.prompt)
         index[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        labels[row, len(prompt) - 1 : len(tokens) - 1] = torch.tensor(example.answer)
-    return index, labels, torch.tensor([len(prompt) - 1 for prompt in prompts])
+        labels[row, prompt - 1 : len(tokens) - 1] = torch.tensor(one.answer)
+    index = torch.where(index < 0, first_soft_row - 1 - index, index)
+    return index, labels, torch.tensor([len(one.prompt) - 1 for one in examples])
+
+
+def moved(batch: _Batch, device: torch.device) -> _Batch:
+    """The same batch with its tensors on ``device``."""
+    if device.type == "cpu":
+        return batch
+    changes: dict[str, Tensor | GraphBatch] = {}
+    for one in fields(batch):  # type: ignore[arg-type]
+        value = getattr(batch, one.name)
+        if isinstance(value, Tensor):
+            changes[one.name] = value.to(device)
+        elif isinstance(value, GraphBatch):
+            changes[one.name] = moved(value, device)
+    return replace(batch, **changes)  # type: ignore[type-var]

@@ -18,6 +18,7 @@ from biomedgpt_edge.molecule_graph import BOND_DIRECTIONS, BOND_TYPES, SELF_LOOP
 from biomedgpt_edge.protein_tokens import ALPHABET
 
 from ..graphs.config import EsmConfig, GinConfig
+from ..quantize.int4 import WeightQuantizer
 
 ESM_PAD_ID = ALPHABET.index("<pad>")
 
@@ -38,7 +39,6 @@ class DemoConfig:
     esm_layers: int = 4
     esm_heads: int = 4
     esm_ffn: int = 512
-    esm_dropout: float = 0.1
     gin_hidden: int = 300
     gin_layers: int = 5
 
@@ -72,12 +72,12 @@ def graph_batch(atoms: Tensor, bonds: Tensor) -> GraphBatch:
     return GraphBatch(atoms, source, target, counts)
 
 
-def rotary_tables(positions: int, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[positions, head_dim]``, rotate-half layout, computed in fp32."""
-    inverse = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.arange(positions, dtype=torch.float32)[:, None] * inverse[None]
+def rotary_tables(positions: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[positions, head_dim]``, rotate-half layout, of the dtype and device of ``like``."""
+    inverse = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim)
+    angle = torch.arange(positions, dtype=torch.float32, device=like.device)[:, None] * inverse[None]
     angle = torch.cat([angle, angle], dim=1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotate(x: Tensor, heads: int, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -109,6 +109,23 @@ class _RMSNormalise(torch.autograd.Function):
         return (gradient - out * along) * inverse, None
 
 
+class Linear(nn.Linear):
+    """A linear layer of the decoder or ESM-2, which an int4 bundle stores in groups.
+
+    With a ``quantizer``, it computes with the weights that such a bundle would store, and the gradient passes through
+    the rounding unchanged (straight-through): the model learns to live with it.
+    """
+
+    quantizer: WeightQuantizer | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.quantizer is not None:
+            stored = self.quantizer.quantize("", weight.detach()).dequantize()
+            weight = weight + (stored - weight.detach())
+        return F.linear(x, weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """RMSNorm that keeps the activation's dtype under autocast."""
 
@@ -132,7 +149,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -145,9 +162,9 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 SHORT = 400
 
 
-def causal_mask(positions: int, dtype: torch.dtype) -> Tensor:
-    """``[1, 1, T, T]``, a large negative number above the diagonal."""
-    return torch.full((positions, positions), -1e4, dtype=dtype).triu(1)[None, None]
+def causal_mask(positions: int, like: Tensor) -> Tensor:
+    """``[1, 1, T, T]``, a large negative number above the diagonal; dtype and device of ``like``."""
+    return torch.full((positions, positions), -1e4, dtype=like.dtype, device=like.device).triu(1)[None, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -159,7 +176,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
     if length > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     q, k, v = (x.reshape(batch * heads, length, width) for x in (q, k, v))
-    added = torch.zeros(1, 1, 1, 1, dtype=q.dtype) if mask is None else mask
+    added = torch.zeros(1, 1, 1, 1, dtype=q.dtype, device=q.device) if mask is None else mask
     added = added.expand(batch, heads, length, length).reshape(batch * heads, length, length)
     weights = torch.baddbmm(added, q, k.transpose(1, 2), alpha=width**-0.5).softmax(-1).to(v.dtype)
     return torch.bmm(weights, v).view(batch, heads, length, width)
@@ -173,16 +190,16 @@ class LlamaAttention(nn.Module):
         super().__init__()
         d = config.hidden
         self.heads = config.heads
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, d, bias=False)
-        self.v_proj = nn.Linear(d, d, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d, bias=False)
+        self.k_proj = Linear(d, d, bias=False)
+        self.v_proj = Linear(d, d, bias=False)
+        self.o_proj = Linear(d, d, bias=False)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         q = rotate(self.q_proj(x), self.heads, tables)
         k = rotate(self.k_proj(x), self.heads, tables)
         v = _heads(self.v_proj(x), self.heads)
-        mixed = attend(q, k, v, causal_mask(x.shape[1], x.dtype) if x.shape[1] <= SHORT else None, causal=True)
+        mixed = attend(q, k, v, causal_mask(x.shape[1], x) if x.shape[1] <= SHORT else None, causal=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
         return out
 
@@ -190,9 +207,9 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden, config.ffn, bias=False)
-        self.up_proj = nn.Linear(config.hidden, config.ffn, bias=False)
-        self.down_proj = nn.Linear(config.ffn, config.hidden, bias=False)
+        self.gate_proj = Linear(config.hidden, config.ffn, bias=False)
+        self.up_proj = Linear(config.hidden, config.ffn, bias=False)
+        self.down_proj = Linear(config.ffn, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -224,7 +241,7 @@ class LlamaModel(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings ``[B, T, d]`` -> final normed state, and the residual after two thirds of the layers."""
         head_dim = self.config.hidden // self.config.heads
-        tables = rotary_tables(x.shape[1], head_dim, self.config.rope_base, x.dtype)
+        tables = rotary_tables(x.shape[1], head_dim, self.config.rope_base, x)
         middle = x
         for index, layer in enumerate(self.layers):
             if index == 2 * len(self.layers) // 3:
@@ -239,7 +256,7 @@ class Llama(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden, config.pieces + 1, bias=False)
+        self.lm_head = Linear(config.hidden, config.pieces + 1, bias=False)
         self._initialise(config)
 
     def _initialise(self, config: DemoConfig) -> None:
@@ -258,15 +275,15 @@ class Llama(nn.Module):
 class EsmSelfAttention(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.query = nn.Linear(d, d)
-        self.key = nn.Linear(d, d)
-        self.value = nn.Linear(d, d)
+        self.query = Linear(d, d)
+        self.key = Linear(d, d)
+        self.value = Linear(d, d)
 
 
 class EsmDense(nn.Module):
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, outer)
+        self.dense = Linear(inner, outer)
 
 
 class EsmAttention(nn.Module):
@@ -275,7 +292,6 @@ class EsmAttention(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         self.heads = config.esm_heads
-        self.dropout = config.esm_dropout
         self.self = EsmSelfAttention(config.esm_hidden)
         self.output = EsmDense(config.esm_hidden, config.esm_hidden)
         self.LayerNorm = LayerNorm(config.esm_hidden)
@@ -286,14 +302,13 @@ class EsmAttention(nn.Module):
         k = rotate(projections.key(z), self.heads, tables)
         v = _heads(projections.value(z), self.heads)
         mixed = attend(q, k, v, mask)
-        out = self.output.dense(mixed.transpose(1, 2).reshape(x.shape))
-        return x + F.dropout(out, self.dropout, self.training)
+        out: Tensor = x + self.output.dense(mixed.transpose(1, 2).reshape(x.shape))
+        return out
 
 
 class EsmLayer(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
-        self.dropout = config.esm_dropout
         self.attention = EsmAttention(config)
         self.intermediate = EsmDense(config.esm_hidden, config.esm_ffn)
         self.output = EsmDense(config.esm_ffn, config.esm_hidden)
@@ -301,8 +316,8 @@ class EsmLayer(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         x = self.attention(x, tables, mask)
-        out = self.output.dense(F.gelu(self.intermediate.dense(self.LayerNorm(x))))
-        return x + F.dropout(out, self.dropout, self.training)
+        out: Tensor = x + self.output.dense(F.gelu(self.intermediate.dense(self.LayerNorm(x))))
+        return out
 
 
 class EsmEmbeddings(nn.Module):
@@ -335,8 +350,8 @@ class Esm(nn.Module):
         x = x.masked_fill(pad[..., None], 0.0)
         mask = None
         if bool(pad.any()):
-            mask = torch.zeros(pad.shape, dtype=dtype).masked_fill(pad, -1e4)[:, None, None, :]
-        tables = rotary_tables(ids.shape[1], self.head_dim, 10000.0, dtype)
+            mask = torch.zeros(pad.shape, dtype=dtype, device=pad.device).masked_fill(pad, -1e4)[:, None, None, :]
+        tables = rotary_tables(ids.shape[1], self.head_dim, 10000.0, x)
         for layer in self.encoder.layer:
             x = layer(x, tables, mask)
         out: Tensor = self.encoder.emb_layer_norm_after(x)
@@ -405,6 +420,12 @@ class DemoModel(nn.Module):
             nn.init.normal_(projection.weight, std=0.1 * projection.weight.shape[1] ** -0.5)
             nn.init.zeros_(projection.bias)
 
+    def round_weights(self, quantizer: WeightQuantizer | None) -> None:
+        """From now on, the layers that are int4 in a bundle compute with rounded weights, or exactly again."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantizer = quantizer
+
     def splice(self, index: Tensor, soft: Tensor) -> Tensor:
         """Rows of ``[vocabulary; soft]`` at ``index [B, T]``; soft token i of the batch is row ``pieces + 1 + i``."""
         table = torch.cat([self.llm.model.embed_tokens.weight.to(soft.dtype), soft])
@@ -417,7 +438,8 @@ class TrainingHeads(nn.Module):
     Attributes:
         atom: per atom, from GIN: groups (multi-label), hydrogens, aromaticity, smallest ring.
         residue: per residue, from ESM: H, E or C.
-        location: per protein, from attention and mean pooling of ESM.
+        location: per protein, from ESM's first position (``<cls>``), where the decoder finds it too.
+        learnt: per protein, from the same: features of the whole sequence.
         counts: per molecule, from the decoder's residual at the last prompt token: the numbers the answer will state.
     """
 
@@ -428,6 +450,7 @@ class TrainingHeads(nn.Module):
         groups: int,
         atom_classes: tuple[int, ...],
         locations: int,
+        learnt: int,
         count_classes: tuple[int, ...],
     ) -> None:
         super().__init__()
@@ -436,8 +459,8 @@ class TrainingHeads(nn.Module):
         self.count_classes = count_classes
         self.atom = nn.Linear(config.gin_hidden, groups + sum(atom_classes))
         self.residue = nn.Linear(config.esm_hidden, 3)
-        self.attention = nn.Linear(config.esm_hidden, 1)
-        self.location = nn.Linear(2 * config.esm_hidden, locations)
+        self.location = nn.Linear(config.esm_hidden, locations)
+        self.learnt = nn.Linear(config.esm_hidden, learnt)
         self.count_norm = RMSNorm(config.hidden, config.rms_eps)
         self.counts = nn.Linear(config.hidden, groups + sum(count_classes))
 
@@ -449,20 +472,6 @@ class TrainingHeads(nn.Module):
         """``states [B, d]``, ``groups [B, G]`` 0/1, ``counts [B, len(count_classes)]``, clipped to their classes."""
         logits = self.counts(self.count_norm(states)).float()
         return _multi_loss(logits, groups, counts, self.count_classes, 3.0)
-
-    def residue_logits(self, hidden: Tensor) -> Tensor:
-        """``[B, T, 3]``."""
-        out: Tensor = self.residue(hidden).float()
-        return out
-
-    def location_logits(self, hidden: Tensor, pad: Tensor) -> Tensor:
-        """``hidden [B, T, d]``, ``pad [B, T]`` -> ``[B, locations]``."""
-        hidden = hidden.float()
-        weights = self.attention(hidden).float().squeeze(-1).masked_fill(pad, -1e4).softmax(-1)
-        valid = (~pad).float()
-        mean = (hidden * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
-        out: Tensor = self.location(torch.cat([(weights[..., None] * hidden).sum(1), mean], -1)).float()
-        return out
 
 
 def _multi_loss(logits: Tensor, groups: Tensor, labels: Tensor, classes: tuple[int, ...], weight: float) -> Tensor:

@@ -63,10 +63,12 @@ def read_record(path: Path) -> dict[str, Any]:
     """The contents of ``demo.json``.
 
     Raises:
-        CheckpointError: there is none, or it is not JSON.
+        CheckpointError: there is none, or it is not a JSON object.
     """
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", remedy="Train the model again.") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds a {type(record).__name__}, not an object.", remedy=f"Name a {RECORD}.")
     return record

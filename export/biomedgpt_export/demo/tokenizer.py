@@ -5,24 +5,24 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
+from typing import cast
 
 import sentencepiece
 
-from biomedgpt_edge.inputs import Molecule, Protein
-from biomedgpt_edge.prompt import Input, TokenSegment, Turn, build_prompt
+from biomedgpt_edge.prompt import TokenSegment, build_prompt
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..errors import TrainingDataError
 from ..families.biomedgpt_10b import PROMPT_TEMPLATE
 from . import answers
-from .data import CHEBI_FILE, MoleculeTable, ProteinRecord, ProteinSplit
+from .conversations import Conversation, about_molecule, about_nothing, about_protein, molecule_chat, protein_chat
+from .molecules import MoleculeTable
+from .proteins import ProteinSplit
 
 PIECES = 1024
 _DESCRIPTIONS = 6000
 _PROMPTS = 3000
-_HONEST_REPEATS = 20
 
 
 def train_tokenizer(corpus: Iterator[str], path: Path, pieces: int = PIECES) -> None:
@@ -44,77 +44,68 @@ def train_tokenizer(corpus: Iterator[str], path: Path, pieces: int = PIECES) -> 
         )  # fmt: skip
     except RuntimeError as error:
         raise TrainingDataError(f"the tokenizer cannot be trained: {error}.", remedy="Give it more text.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    staging = path.with_suffix(".tmp")
+    staging.write_bytes(model.getvalue())
+    staging.replace(path)
 
 
-def corpus(table: MoleculeTable, split: ProteinSplit, data: Path, seed: int) -> Iterator[str]:
-    """Text in the proportions in which the model reads and writes it: prompts, answers, a little chemistry English."""
+def corpus(table: MoleculeTable, split: ProteinSplit, seed: int) -> Iterator[str]:
+    """Text in the proportions in which the model reads and writes it."""
     rng = random.Random(f"{seed}:corpus")
-    trained = [i for i in range(len(table)) if not table.held_out[i]]
     for _ in range(_DESCRIPTIONS):
-        yield answers.description(table.facts(rng.choice(trained)), rng)
+        yield answers.description(table.facts(rng.randrange(len(table))), rng)
     for _ in range(_PROMPTS):
-        question, answer = answers.molecule_exchange(table.facts(rng.choice(trained)), rng, single_share=0.5)
-        yield from _prompt_texts("molecule", question)
-        yield answer
-    for records in (split.located, split.structured):
-        for _ in range(_PROMPTS // 2 if records else 0):
-            question, answer = protein_exchange(rng.choice(records), rng)
-            yield from _prompt_texts("protein", question)
-            yield answer
-    for given, questions in answers.OTHER_QUESTIONS.items():
-        for question in questions:
-            yield from _prompt_texts(given, question)
-            yield from [answers.HONEST] * _HONEST_REPEATS
-    yield from _english(data)
+        known = table.facts(rng.randrange(len(table)))
+        yield from _texts(Conversation((about_molecule(known, 0, rng),)))
+    for _ in range(_PROMPTS // 3):
+        yield from _texts(molecule_chat([table.facts(rng.randrange(len(table)))], 0, rng))
+        yield from _texts(Conversation((about_nothing(rng),)))
+    for records, others in ((split.located, split.structured), (split.structured, split.located)):
+        for _ in range(_PROMPTS // 3):
+            yield from _texts(Conversation((about_protein(rng.choice(records), 0, rng),)))
+            yield from _texts(protein_chat([rng.choice(records)], 0, rng.choice(others), rng))
 
 
-def _english(data: Path) -> Iterator[str]:
-    lines = (data / CHEBI_FILE).read_text(encoding="utf-8").splitlines()[1:400]
-    for line in lines:
-        yield line.rpartition("\t")[2]
+class _Recorder:
+    """Stands for a tokenizer and keeps the texts it is given."""
+
+    bos_id = 1
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return []
 
 
-def protein_exchange(record: ProteinRecord, rng: random.Random) -> tuple[str, str]:
-    """A question about a protein that its record has the answer to, and the answer."""
-    if record.location:
-        return answers.location_exchange(record.location, record.membrane, rng)
-    return answers.structure_exchange(record.structure, rng)
-
-
-@cache
-def _example(given: str) -> tuple[Input, ...]:
-    """Something of the right kind; only its kind matters to the texts around it."""
-    if given == "molecule":
-        return (Molecule.from_smiles("C"),)
-    return (Protein.from_sequence("M"),) if given == "protein" else ()
-
-
-def _prompt_texts(given: str, question: str) -> list[str]:
-    """The pieces of a prompt as text, split where the soft tokens stand."""
-    template = PROMPT_TEMPLATE
-    opening, closing = {"molecule": template.molecule, "protein": template.protein}.get(given, ("", ""))
-    head = f"{template.system}{template.separator} {template.human}: "
-    tail = f"{question} {template.separator} {template.assistant}: "
-    return [head + opening, f"{closing} {tail}"] if opening else [head + tail]
+def _texts(conversation: Conversation) -> list[str]:
+    """The pieces of text that the model reads, as they reach the tokenizer, and the answer."""
+    recorder = _Recorder()
+    build_prompt(PROMPT_TEMPLATE, conversation.turns, cast(Tokenizer, recorder))
+    return [*recorder.texts, conversation.answer]
 
 
 class PromptEncoder:
-    """Prompts as the runtime builds them, remembered per question."""
+    """Conversations as the runtime reads them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._prompts: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._single: dict[tuple[str, str, int], list[list[int]]] = {}
 
-    def prompt(self, given: str, question: str) -> tuple[list[int], list[int]]:
-        """Ids before and after the soft tokens of a ``molecule`` or ``protein``; for ``nothing``, all ids and none."""
-        key = (given, question)
-        if key not in self._prompts:
-            prompt = build_prompt(PROMPT_TEMPLATE, [Turn(question, _example(given))], self.tokenizer)
-            texts = [segment.ids.tolist() for segment in prompt.segments if isinstance(segment, TokenSegment)]
-            self._prompts[key] = (texts[0], texts[1] if len(texts) > 1 else [])
-        return self._prompts[key]
+    def texts(self, conversation: Conversation) -> list[list[int]]:
+        """Ids of the pieces of text, one more than there are inputs; single questions are remembered."""
+        if len(conversation.exchanges) > 1:
+            return self._encoded(conversation)
+        only = conversation.exchanges[0]
+        key = (only.given, only.question, len(only.subjects))
+        if key not in self._single:
+            self._single[key] = self._encoded(conversation)
+        return self._single[key]
+
+    def _encoded(self, conversation: Conversation) -> list[list[int]]:
+        prompt = build_prompt(PROMPT_TEMPLATE, conversation.turns, self.tokenizer)
+        return [segment.ids.tolist() for segment in prompt.segments if isinstance(segment, TokenSegment)]
 
     def answer(self, text: str) -> list[int]:
         """Ids the model is to generate: the answer, then EOS."""

@@ -1,10 +1,11 @@
 """The losses and optimizers of the three training stages.
 
 1. ``gin``: labels of every atom (groups, hydrogens, rings).
-2. ``esm``: secondary structure per residue, location per protein.
+2. ``esm``: secondary structure per residue; location and features of the whole, which a teacher says, per protein.
 3. ``joint``: questions and answers through the whole model, the losses of the first two stages kept at a low weight.
 
-GIN's batch statistics are measured after stage 1 and frozen, so that stage 3 trains exactly what inference computes.
+GIN's batch statistics are measured after stage 1 and frozen, so that stage 3 trains exactly what inference computes;
+towards the end, that is what an int4 bundle computes (quantization-aware training).
 What a step sees depends on the seed and the step only.
 """
 
@@ -16,54 +17,65 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biomedgpt_edge.protein_tokens import MAX_RESIDUES
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..errors import TrainingDataError
-from . import answers
+from ..quantize.rtn import RoundToNearest
 from .batches import (
     IGNORE,
     BatchOrder,
-    Example,
     MoleculeBatch,
     ProteinBatch,
     assemble,
+    example,
     molecule_batch,
+    moved,
     protein_batch,
 )
-from .chemistry import ATOM_CLASSES, COUNTS, GROUPS
-from .data import MoleculeTable, ProteinRecord, ProteinSplit
-from .model import ESM_PAD_ID, DemoConfig, DemoModel, TrainingHeads
-from .tokenizer import PIECES, PromptEncoder, protein_exchange
+from .chemistry import ATOM_CLASSES, COUNTS, GROUPS, MoleculeFacts
+from .conversations import Conversation, about_molecule, about_nothing, about_protein, molecule_chat, protein_chat
+from .location_teacher import F32, LEARNT_FEATURES
+from .model import DemoConfig, DemoModel, TrainingHeads
+from .molecules import MoleculeTable
+from .protein_pool import PLACES, ProteinPool, fit_teacher
+from .proteins import ProteinRecord, ProteinSplit
+from .tokenizer import PIECES, PromptEncoder
 
 STAGES = ("gin", "esm", "joint")
-_OTHER_SHARE = 0.03
+_CHAT_SHARE = 0.12
+_NOTHING_SHARE = 0.03
 _PROTEIN_EVERY = 5
-# (share, most residues, proteins per batch): long proteins are rare in training but come up at inference.
-_PROTEIN_LIMITS = ((0.84, 256, 16), (0.12, 512, 8), (0.04, MAX_RESIDUES, 4))
+_POOLS = {
+    "esm": {"tokens": 4096, "chimeras": 3000, "structured": 4000},
+    # Chimeras are good to learn features from, but nothing that anyone asks about.
+    "joint": {"tokens": 3072, "chimeras": 0, "structured": 4000},
+}
+# Of the proteins with a structure, those that are asked for their location.
+_LOCATED_SHARE = 0.25
 _ENCODER_RATE = 0.25
+# In the last part of the joint stage, layers compute with the weights that an int4 bundle would store.
+_ROUNDED_SHARE = 0.3
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the command line sets; ``steps`` (of the joint stage) takes the place of ``minutes``."""
+    """What the command line sets; ``steps`` are those of the joint stage, the others follow from them."""
 
     data: Path
     out: Path
-    minutes: float = 45.0
-    steps: int | None = None
+    steps: int = 2700
     threads: int = 1
     seed: int = 0
     bf16: bool = True
+    device: str = "cpu"
     rate: float = 3e-3
     molecules_per_batch: int = 48
-    log_every: int = 100
-    save_every: int = 500
+    log_every: int = 50
+    save_every: int = 250
     pieces: int = PIECES
     sizes: DemoConfig | None = None
 
@@ -74,41 +86,39 @@ class Trainer:
     def __init__(self, options: TrainOptions, table: MoleculeTable, split: ProteinSplit, tokenizer: Tokenizer) -> None:
         torch.manual_seed(options.seed)
         self.options = options
+        self.device = torch.device(options.device)
         self.table = table
         self.split = split
         self.prompts = PromptEncoder(tokenizer)
         config = options.sizes or DemoConfig(pieces=len(tokenizer))
         self.config = replace(config, pieces=len(tokenizer))
-        self.model = DemoModel(self.config)
+        self.model = DemoModel(self.config).to(self.device)
         self.heads = TrainingHeads(
             self.config,
             groups=len(GROUPS),
             atom_classes=ATOM_CLASSES,
-            locations=len(answers.LOCATIONS),
+            locations=len(PLACES),
+            learnt=LEARNT_FEATURES,
             count_classes=tuple(COUNTS.values()),
-        )
+        ).to(self.device)
         self.dtype = torch.bfloat16 if options.bf16 else torch.float32
         self._orders()
 
     def _orders(self) -> None:
-        trained = np.flatnonzero(~self.table.held_out)
-        if not len(trained) or not self.split.located or not self.split.structured:
+        if not len(self.table) or not self.split.located or not self.split.structured:
             raise TrainingDataError(
                 "no training molecules, or no proteins with a location or a structure.",
-                seen=[len(trained), len(self.split.located), len(self.split.structured)],
+                seen=[len(self.table), len(self.split.located), len(self.split.structured)],
                 remedy="Use the full data files.",
             )
         seed, size = self.options.seed * 10, self.options.molecules_per_batch
-        self.trained = trained
-        self.mixed = BatchOrder(self.table.sizes[trained], 2 * size, seed + 1, None)
-        self.sorted = BatchOrder(self.table.sizes[trained], size, seed + 2, 4.0)
-        most = max(count for _, _, count in _PROTEIN_LIMITS)
-        lengths = [
-            np.array([len(r.sequence) for r in records]) for records in (self.split.located, self.split.structured)
-        ]
-        self.protein_orders = [
-            BatchOrder(np.minimum(n, MAX_RESIDUES), most, seed + 3 + i, 40.0) for i, n in enumerate(lengths)
-        ]
+        self.mixed = BatchOrder(self.table.sizes, 2 * size, seed + 1, None)
+        self.sorted = BatchOrder(self.table.sizes, size, seed + 2, 4.0)
+        teacher = fit_teacher(self.split)
+        self.pools = {
+            stage: ProteinPool(self.split, teacher, f"{self.options.seed}:{stage}", **_POOLS[stage])
+            for stage in ("esm", "joint")
+        }
 
     # ---------------------------------------------------------------------------------------------- batches
 
@@ -116,29 +126,17 @@ class Trainer:
         """Random choices of one step."""
         return random.Random(f"{self.options.seed}:{stage}:{step}")
 
-    def molecules(self, order: BatchOrder, k: int) -> tuple[list[int], MoleculeBatch]:
-        """Table rows of batch ``k`` of ``order``, and the batch."""
-        rows = self.trained[order.batch(k)]
-        return rows.tolist(), molecule_batch(self.table, rows)
-
-    def proteins(self, k: int, rng: random.Random) -> ProteinBatch:
-        """Located and structured proteins in turn; batches of long ones are smaller."""
-        which = k % 2
-        records = (self.split.located, self.split.structured)[which]
-        chosen = [records[i] for i in self.protein_orders[which].batch(k // 2).tolist()]
-        shares = [share for share, _, _ in _PROTEIN_LIMITS]
-        _, limit, _ = rng.choices(_PROTEIN_LIMITS, shares)[0]
-        longest = min(limit, max(len(record.sequence) for record in chosen))
-        count = next(count for _, most, count in _PROTEIN_LIMITS if longest <= most)
-        rng.shuffle(chosen)
-        return protein_batch(chosen[:count], limit, rng)
+    def molecules(self, order: BatchOrder, k: int, every: int = 1) -> tuple[list[int], MoleculeBatch]:
+        """Table rows of batch ``k`` of ``order`` or ``every`` so manieth of them, and the batch."""
+        rows = order.batch(k)[::every]
+        return rows.tolist(), moved(molecule_batch(self.table, rows), self.device)
 
     # ----------------------------------------------------------------------------------------------- losses
 
     @contextmanager
     def precision(self) -> Iterator[None]:
         """bf16 matrix products, where asked for; weights stay fp32."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
             yield
 
     def gin_loss(self, step: int) -> dict[str, Tensor]:
@@ -150,11 +148,10 @@ class Trainer:
 
     def esm_loss(self, step: int) -> dict[str, Tensor]:
         """Labels of one batch of proteins."""
-        batch = self.proteins(step, self.rng("esm", step))
+        batch = moved(protein_batch(self.pools["esm"].batch(step)), self.device)
         with self.precision():
             hidden = self.model.prot_structure_encoder(batch.ids, self.dtype)
-            loss = self._protein_label_loss(hidden, batch)
-        return {"total": loss, "location" if step % 2 == 0 else "structure": loss}
+            return self._protein_losses(hidden, batch)
 
     def joint_loss(self, step: int) -> dict[str, Tensor]:
         """One batch of questions and answers: proteins every fifth step, else molecules."""
@@ -164,59 +161,90 @@ class Trainer:
         return self._molecule_answers(step - step // _PROTEIN_EVERY, rng)
 
     def _molecule_answers(self, k: int, rng: random.Random) -> dict[str, Tensor]:
-        rows, batch = self.molecules(self.sorted, k)
-        examples = [self.molecule_example(row, batch.starts[i], rng) for i, row in enumerate(rows)]
+        # Chats are batches of their own: one long prompt among short ones would be padding for all the others.
+        chat = rng.random() < _CHAT_SHARE
+        rows, batch = self.molecules(self.sorted, k, every=2 if chat else 1)
+        known = [self.table.facts(row) for row in rows]
+        conversations = [self._molecule_conversation(known, i, chat, rng) for i in range(len(rows))]
+        subjects = [range(start, end) for start, end in zip(batch.starts, batch.starts[1:], strict=False)]
         with self.precision():
             nodes = self.model.mol_structure_encoder(batch.graph)
-            answer, states = self._answer_loss(examples, self.model.proj_mol(nodes))
-            # Examples without soft tokens have nothing to count.
-            given = torch.tensor([bool(example.count) for example in examples])
+            answer, states = self._answer_loss(conversations, subjects, self.model.proj_mol(nodes))
+            # Conversations without a molecule have nothing to count.
+            given = torch.tensor([bool(conversation.subjects) for conversation in conversations])
             counts = self.heads.count_loss(states[given], batch.groups[given], batch.counts[given])
             atoms = self.heads.atom_loss(nodes, batch.atom_groups, batch.atom_labels)
         return {"total": answer + 0.05 * counts + 0.2 * atoms, "molecules": answer, "counts": counts, "atoms": atoms}
 
-    def molecule_example(self, row: int, start: int, rng: random.Random) -> Example:
-        """One molecule with a question about it, or now and then a question nobody here can answer."""
-        count = int(self.table.sizes[row])
-        given = "molecule"
-        if rng.random() < _OTHER_SHARE:
-            given = rng.choice(("molecule", "nothing"))
-            question, answer = answers.other_exchange(given, rng)
-        else:
-            question, answer = answers.molecule_exchange(self.table.facts(row), rng)
-        return self._example(given, question, answer, start, count)
+    def _molecule_conversation(
+        self, known: list[MoleculeFacts], subject: int, chat: bool, rng: random.Random
+    ) -> Conversation:
+        if chat:
+            return molecule_chat(known, subject, rng)
+        alone = rng.random() < _NOTHING_SHARE
+        return Conversation((about_nothing(rng) if alone else about_molecule(known[subject], subject, rng),))
 
     def _protein_answers(self, k: int, rng: random.Random) -> dict[str, Tensor]:
-        batch = self.proteins(k, rng)
-        width = batch.ids.shape[1]
-        examples = [self.protein_example(record, i * width, rng) for i, record in enumerate(batch.records)]
+        pool = self.pools["joint"].batch(k)
+        batch = moved(protein_batch(pool), self.device)
+        chat = rng.random() < _CHAT_SHARE
+        records = [self._asked(*one, rng) for one in zip(pool.records, pool.places, strict=True)]
+        conversations = [
+            protein_chat(records, i, self._asked_elsewhere(record, rng), rng)
+            if chat
+            else Conversation((about_protein(record, i, rng),))
+            for i, record in enumerate(records)
+        ]
+        count, width = batch.ids.shape
+        subjects = [range(i * width, (i + 1) * width) for i in range(count)]
         with self.precision():
             hidden = self.model.prot_structure_encoder(batch.ids, self.dtype)
-            answer, _ = self._answer_loss(examples, self.model.proj_prot(hidden).flatten(0, 1))
-            labels = self._protein_label_loss(hidden, batch)
-        return {"total": answer + 0.3 * labels, "locations" if k % 2 == 0 else "structures": answer}
+            answer, _ = self._answer_loss(conversations, subjects, self.model.proj_prot(hidden).flatten(0, 1))
+            labels = self._protein_losses(hidden, batch)["total"]
+        return {"total": answer + 0.3 * labels, "proteins": answer, "labels": labels}
 
-    def protein_example(self, record: ProteinRecord, start: int, rng: random.Random) -> Example:
-        """One protein with the question its record answers, or one nobody here can answer."""
-        exchange = (
-            answers.other_exchange("protein", rng) if rng.random() < _OTHER_SHARE else protein_exchange(record, rng)
-        )
-        return self._example("protein", *exchange, start, len(record.sequence) + 2)
+    def _asked(self, record: ProteinRecord, places: F32, rng: random.Random) -> ProteinRecord:
+        """The record with the one label that is asked for.
 
-    def _example(self, given: str, question: str, answer: str, start: int, count: int) -> Example:
-        before, after = self.prompts.prompt(given, question)
-        return Example(before, start, 0 if given == "nothing" else count, after, self.prompts.answer(answer))
+        A location is drawn from what the teacher and the label say together, which also spreads to proteins that have
+        only a structure.
+        """
+        if record.structure and rng.random() >= _LOCATED_SHARE:
+            return record
+        place = rng.choices(PLACES, places.tolist())[0]
+        return replace(record, location=place, membrane=record.membrane if place == record.location else "U")
 
-    def _protein_label_loss(self, hidden: Tensor, batch: ProteinBatch) -> Tensor:
-        if batch.locations is not None:
-            return F.cross_entropy(self.heads.location_logits(hidden, batch.ids == ESM_PAD_ID), batch.locations)
-        return F.cross_entropy(
-            self.heads.residue_logits(hidden).flatten(0, 1), batch.residues.flatten(), ignore_index=IGNORE
-        )
+    def _asked_elsewhere(self, record: ProteinRecord, rng: random.Random) -> ProteinRecord:
+        """A training protein that has the other kind of label."""
+        return rng.choice(self.split.structured if record.location else self.split.located)
 
-    def _answer_loss(self, examples: list[Example], soft: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the answers' tokens, and the middle residual at each last prompt position ``[B, d]``."""
-        index, labels, last = assemble(examples, self.config.pieces + 1)
+    def _protein_losses(self, hidden: Tensor, batch: ProteinBatch) -> dict[str, Tensor]:
+        """Location and features of whole proteins from ``hidden [B, T, d]`` at ``<cls>``, structure of residues.
+
+        ``batch.share`` makes proteins weigh the same: long ones come in small batches.
+        """
+        first = hidden[:, 0]
+        places = -(batch.places * self.heads.location(first).float().log_softmax(1)).sum(1).mean()
+        learnt = (self.heads.learnt(first).float() - batch.learnt).square().mean()
+        losses = {"places": places, "learnt": learnt, "total": batch.share * (places + 0.3 * learnt)}
+        if batch.structured:
+            logits = self.heads.residue(hidden).float().flatten(0, 1)
+            losses["residues"] = F.cross_entropy(logits, batch.residues.flatten(), ignore_index=IGNORE)
+            losses["total"] = losses["total"] + 0.3 * batch.structured * losses["residues"]
+        return losses
+
+    def _answer_loss(
+        self, conversations: list[Conversation], subjects: list[range], soft: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the answers' tokens, and the middle residual at each last prompt position ``[B, d]``.
+
+        ``subjects`` are the rows of ``soft [S, d]`` of each molecule or protein of the batch.
+        """
+        examples = [
+            example(self.prompts.texts(one), [subjects[i] for i in one.subjects], self.prompts.answer(one.answer))
+            for one in conversations
+        ]
+        index, labels, last = (t.to(self.device) for t in assemble(examples, self.config.pieces + 1))
         final, middle = self.model.llm.model(self.model.splice(index, soft.to(self.dtype)))
         wanted = labels.flatten() != IGNORE
         logits = self.model.llm.lm_head(final.flatten(0, 1)[wanted]).float()
@@ -229,26 +257,28 @@ class Trainer:
         return {"gin": self.gin_loss, "esm": self.esm_loss, "joint": self.joint_loss}[stage]
 
     def optimizers(self, stage: str) -> list[torch.optim.Optimizer]:
-        """Muon for the decoder's matrices, AdamW for the rest; encoders at a lower rate once they are pre-trained."""
+        """Muon for matrices of transformers, AdamW for the rest; encoders at a lower rate once they are pre-trained."""
         rate = self.options.rate
+        esm = self.model.prot_structure_encoder
         gin = [*self.model.mol_structure_encoder.parameters(), *self.heads.atom.parameters()]
-        esm = [*self.model.prot_structure_encoder.parameters(), *self.heads.residue.parameters(),
-               *self.heads.attention.parameters(), *self.heads.location.parameters()]  # fmt: skip
+        heads = [p for head in (self.heads.residue, self.heads.location, self.heads.learnt) for p in head.parameters()]
         if stage == "gin":
             return [_adamw(gin, 2e-3)]
         if stage == "esm":
-            return [_adamw(esm, 1.5e-3)]
-        matrices = [p for p in self.model.llm.model.layers.parameters() if p.ndim == 2]
-        taken = {id(p) for p in (*gin, *esm, *matrices)}
-        everything = [*self.model.parameters(), *self.heads.parameters()]
-        rest = [p for p in everything if id(p) not in taken]
-        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-        muon.param_groups[0]["base"] = rate
-        return [_adamw(rest, rate), _adamw([*gin, *esm], rate * _ENCODER_RATE), muon]
+            matrices = _matrices(esm.encoder)
+            return [_adamw(_others([*esm.parameters(), *heads], matrices), 2e-3), _muon(matrices, 2e-3)]
+        encoders = [*gin, *esm.parameters(), *heads]
+        matrices = _matrices(self.model.llm.model.layers)
+        rest = _others([*self.model.parameters(), *self.heads.parameters()], [*encoders, *matrices])
+        return [_adamw(rest, rate), _adamw(encoders, rate * _ENCODER_RATE), _muon(matrices, rate)]
 
-    def set_mode(self, stage: str) -> None:
-        """Training mode; GIN's batch statistics move in stage 1 only."""
+    def set_mode(self, stage: str, share: float = 0.0) -> None:
+        """Training mode, ``share`` of the stage done: GIN's batch statistics move in stage 1 only, and the weights are
+        rounded at the end of the last stage.
+        """
         self.model.train()
+        rounded = stage == STAGES[-1] and share >= 1 - _ROUNDED_SHARE
+        self.model.round_weights(RoundToNearest() if rounded else None)
         if stage != "gin":
             self.model.mol_structure_encoder.batch_norms.eval()
 
@@ -268,7 +298,23 @@ class Trainer:
             norm.momentum = 0.1
 
 
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.ndim == 2]
+
+
+def _others(parameters: list[nn.Parameter], taken: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that are not ``taken``."""
+    known = {id(parameter) for parameter in taken}
+    return [parameter for parameter in parameters if id(parameter) not in known]
+
+
 def _adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    optimizer.param_groups[0]["base"] = rate
+    return optimizer
+
+
+def _muon(matrices: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     optimizer.param_groups[0]["base"] = rate
     return optimizer
