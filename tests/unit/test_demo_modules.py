@@ -19,6 +19,7 @@ from biomedgpt_export.demo.model import (
     SHORT,
     DemoConfig,
     DemoModel,
+    TrainingHeads,
     attend,
     causal_mask,
     graph_batch,
@@ -170,3 +171,17 @@ def test_padding_does_not_change_a_protein(model: DemoModel) -> None:
     with torch.no_grad():
         alone, together = model.prot_structure_encoder(ids[None])[0], model.prot_structure_encoder(padded)[0]
     torch.testing.assert_close(together[: len(ids)], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_of_shares_is_that_of_proteins_with_a_structure() -> None:
+    heads = TrainingHeads(TINY, groups=2, atom_classes=(), locations=2, learnt=1, count_classes=())
+    with torch.no_grad():
+        heads.shares.weight.zero_()
+        heads.shares.bias.copy_(torch.tensor([0.5, 0.25]))
+    helix, strand, coil, none = 0, 1, 2, -100
+    residues = torch.tensor([[none, helix, helix, strand, coil, none], [none] * 6])
+    first = torch.randn(2, TINY.esm_hidden)
+    torch.testing.assert_close(heads.share_loss(first, residues), torch.tensor(0.0))
+    residues[0, 4] = strand
+    wrong = (0.25 / 0.2) ** 2
+    torch.testing.assert_close(heads.share_loss(first, residues), torch.tensor(wrong / 2))

@@ -17,12 +17,11 @@ from biomedgpt_export.demo.location_teacher import AMINO_ACIDS, GROUPS, LEARNT_F
 from biomedgpt_export.demo.protein_pool import PLACES, ProteinPool, fit_teacher, mutated
 from biomedgpt_export.demo.proteins import ProteinRecord, ProteinSplit
 
-RESIDUES = "".join(AMINO_ACIDS)
 PLACE_OF = {"K": "Nucleus", "L": "Cell.membrane", "S": "Extracellular"}
 
 
 def made(rng: random.Random, rich_in: str, length: int) -> str:
-    return "".join(rng.choice(RESIDUES + 20 * rich_in) for _ in range(length))
+    return "".join(rng.choice(AMINO_ACIDS + 20 * rich_in) for _ in range(length))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,7 @@ def test_structures_are_cut_with_their_sequences(pool: ProteinPool) -> None:
     assert seen > 10
 
 
-@given(st.text(alphabet=RESIDUES, min_size=1, max_size=300), st.integers(1, 300), st.integers(0, 99))
+@given(st.text(alphabet=AMINO_ACIDS, min_size=1, max_size=300), st.integers(1, 300), st.integers(0, 99))
 def test_shortening_keeps_both_ends(sequence: str, length: int, seed: int) -> None:
     short = protein_pool._shortened(sequence, length, random.Random(seed))
     assert len(short) == min(len(sequence), length)

@@ -31,6 +31,7 @@ from biomedgpt_export.demo.conversations import (
 )
 from biomedgpt_export.demo.model import DemoConfig
 from biomedgpt_export.demo.molecules import MoleculeTable, PreparedMolecules, prepared_molecules, screen
+from biomedgpt_export.demo.protein_pool import PLACES
 from biomedgpt_export.demo.proteins import ProteinRecord, proteins
 from biomedgpt_export.demo.questions import WORDINGS
 from biomedgpt_export.demo.release import write_release
@@ -190,6 +191,20 @@ def test_small_molecules_and_salts_come_in_several_spellings() -> None:
         assert len(texts) >= 4
         assert {screen(text).key for text in texts[:4]} == {screen(smiles).key}
     assert len(molecules.training_spellings(("CCCCCCCCCCCCCCCCCCO", ""))) <= 2
+
+
+def test_molecules_of_chebi_and_large_ones_come_in_several_spellings() -> None:
+    chain, long_chain = f"{'C' * 17}O", f"{'C' * 49}O"
+    assert len(molecules.training_spellings((chain, "ChEBI"))) >= 6
+    assert len(molecules.training_spellings((long_chain, ""))) >= 8
+    assert len(molecules.training_spellings((long_chain, "ChEBI"))) >= 8, "the rarer of role and kind decides"
+
+
+def test_molecules_of_chebi_are_known_as_such(folder: Path) -> None:
+    roles = dict(molecules.split(folder).training)
+    assert {roles[smiles] for smiles in roles if smiles.startswith("NCCCCC")} == {"ChEBI"}
+    assert {roles[smiles] for smiles in roles if smiles.startswith("CCCCOC")} == {""}
+    assert {roles[smiles] for smiles in SHOWN.values()} == {"everyday"}
 
 
 @pytest.mark.parametrize("smiles", ["CCC(=O)O", "CCCCN", "CCS(=O)(=O)O", "c1ccccc1"])
@@ -455,6 +470,27 @@ def test_the_end_of_training_computes_with_the_weights_of_a_bundle(folder: Path,
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand_as(layer.weight))
     trainer.set_mode("gin", 0.9)
     torch.testing.assert_close(layer(x), x @ layer.weight.T)
+
+
+def test_the_decoder_is_taught_the_location_that_the_encoder_finds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train(options(folder, tmp_path, steps=1), lambda line: None).trainer
+    with torch.no_grad():
+        trainer.heads.location.bias[PLACES.index("Golgi.apparatus")] += 1e3
+    taught: list[Conversation] = []
+    answer_loss = trainer._answer_loss
+
+    def watched(conversations: list[Conversation], *others: object) -> object:
+        taught.extend(conversations)
+        return answer_loss(conversations, *others)
+
+    monkeypatch.setattr(trainer, "_answer_loss", watched)
+    for k in range(12):
+        trainer._protein_answers(k, random.Random(k))
+    said = [answers.claimed_location(one.answer) for one in taught]
+    assert {place for place in said if place} == {"Golgi.apparatus"}
+    assert any(answers.claimed_structure(one.answer) for one in taught)
 
 
 def test_a_state_of_other_options_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from sklearn.preprocessing import StandardScaler
 from ..errors import TrainingDataError
 from .answers import MoleculeClaims, claims_of
 from .chemistry import facts, neutral_form
+from .location_teacher import AMINO_ACIDS
 
 _RADIUS, _BITS = 2, 2048
-_AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 # Inverse strengths of regularisation that cross-validation chooses from, and its parts.
 _INVERSE_STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 _FOLDS = 5
@@ -138,7 +138,7 @@ class NearestMolecule:
 
 def amino_acid_fractions(sequences: Sequence[str]) -> npt.NDArray[np.float64]:
     """``[sequences, 20]``: share of each standard amino acid; the rest of a sequence are other letters."""
-    return np.array([[s.count(letter) / max(1, len(s)) for letter in _AMINO_ACIDS] for s in sequences]).reshape(-1, 20)
+    return np.array([[s.count(letter) / max(1, len(s)) for letter in AMINO_ACIDS] for s in sequences]).reshape(-1, 20)
 
 
 def composition_regression(training: Sequence[str], labels: Sequence[str], asked: Sequence[str]) -> list[str]:

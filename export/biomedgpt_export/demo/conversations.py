@@ -22,7 +22,7 @@ from .questions import FOLLOW_UPS, OTHER, WORDINGS
 _SOME: dict[str, Input] = {"molecule": Molecule.from_smiles("C"), "protein": Protein.from_sequence("M")}
 
 _SINGLE_KINDS = tuple(kind for kind in answers.MOLECULE_ANSWERS if kind != "describe")
-_DESCRIBED, _CANONICAL = 0.6, 0.45
+_DESCRIBED, _CANONICAL = 0.5, 0.45
 
 
 @dataclass(frozen=True)

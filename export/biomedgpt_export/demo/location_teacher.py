@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biomedgpt_edge.protein_tokens import MAX_RESIDUES
+from biomedgpt_edge.protein_tokens import MAX_RESIDUES, STANDARD_RESIDUES
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+AMINO_ACIDS = "".join(sorted(STANDARD_RESIDUES))
 _UNKNOWN = len(AMINO_ACIDS)
 _INDEX = np.full(256, _UNKNOWN, np.int64)
 _INDEX[[ord(letter) for letter in AMINO_ACIDS]] = np.arange(len(AMINO_ACIDS))

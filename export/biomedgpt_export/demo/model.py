@@ -432,15 +432,21 @@ class DemoModel(nn.Module):
         return F.embedding(index, table)
 
 
+# Standard deviation of the shares of helix and strand among proteins.
+_SHARE_SPREAD = 0.2
+
+
 class TrainingHeads(nn.Module):
     """Auxiliary predictors that keep the encoders honest while the decoder is still learning.
 
     Attributes:
         atom: per atom, from GIN: groups (multi-label), hydrogens, aromaticity, smallest ring.
         residue: per residue, from ESM: H, E or C.
+        shares: per protein, from ESM's first position: the shares of helix and strand.
         location: per protein, from ESM's first position (``<cls>``), where the decoder finds it too.
         learnt: per protein, from the same: features of the whole sequence.
         counts: per molecule, from the decoder's residual at the last prompt token: the numbers the answer will state.
+        found: per protein, from the same: the location that the encoder finds.
     """
 
     def __init__(
@@ -459,19 +465,32 @@ class TrainingHeads(nn.Module):
         self.count_classes = count_classes
         self.atom = nn.Linear(config.gin_hidden, groups + sum(atom_classes))
         self.residue = nn.Linear(config.esm_hidden, 3)
+        self.shares = nn.Linear(config.esm_hidden, 2)
         self.location = nn.Linear(config.esm_hidden, locations)
         self.learnt = nn.Linear(config.esm_hidden, learnt)
-        self.count_norm = RMSNorm(config.hidden, config.rms_eps)
+        self.prompt_norm = RMSNorm(config.hidden, config.rms_eps)
         self.counts = nn.Linear(config.hidden, groups + sum(count_classes))
+        self.found = nn.Linear(config.hidden, locations)
 
     def atom_loss(self, nodes: Tensor, groups: Tensor, labels: Tensor) -> Tensor:
         """``nodes [N, d]``, ``groups [N, G]`` 0/1, ``labels [N, len(atom_classes)]``."""
         return _multi_loss(self.atom(nodes).float(), groups, labels, self.atom_classes, 3.0)
 
+    def share_loss(self, first: Tensor, residues: Tensor) -> Tensor:
+        """``first [B, d]``; ``residues [B, T]``: H, E, C as 0, 1, 2, else negative; rows without any do not count."""
+        known = (residues >= 0).sum(1)
+        wanted = torch.stack([(residues == label).sum(1) for label in (0, 1)], 1) / known.clamp(min=1)[:, None]
+        found: Tensor = self.shares(first).float()
+        return ((found - wanted)[known > 0] / _SHARE_SPREAD).square().mean()
+
     def count_loss(self, states: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
         """``states [B, d]``, ``groups [B, G]`` 0/1, ``counts [B, len(count_classes)]``, clipped to their classes."""
-        logits = self.counts(self.count_norm(states)).float()
+        logits = self.counts(self.prompt_norm(states)).float()
         return _multi_loss(logits, groups, counts, self.count_classes, 3.0)
+
+    def found_loss(self, states: Tensor, places: Tensor) -> Tensor:
+        """``states [B, d]``, ``places [B]``: indices of locations."""
+        return F.cross_entropy(self.found(self.prompt_norm(states)).float(), places)
 
 
 def _multi_loss(logits: Tensor, groups: Tensor, labels: Tensor, classes: tuple[int, ...], weight: float) -> Tensor:

@@ -3,8 +3,8 @@
 Two molecules count as the same where the encoder, which sees no hydrogens and no charges, sees the same graph (but for
 stereo marks), and where they are tautomers. A molecule is held out by a hash of its graph; whatever is the same as a
 held-out molecule, as its largest part, or has one of these as a part, is not in training. The encoder cares for the
-order of atoms only through the order of soft tokens, so rare kinds of molecules come in several spellings: small ones,
-salts and ions, everyday ones.
+order of atoms only through the order of soft tokens, so rare kinds of molecules come in several spellings: small and
+large ones, salts and ions, those of ChEBI, everyday ones.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ HELD_OUT = 1000
 _MOST_OF_MOLECULES, _MOST_OF_CHEBI = 0.1, 1 / 3
 # Training leaves larger ones out (2.5 % of ChEBI, next to none elsewhere); scores do not.
 MAX_HEAVY_ATOMS = 100
-# Spellings of one molecule by its kind; screening libraries, which most data comes from, hold few of these.
-_SPELLINGS = {"well-known": 60, "everyday": 25, "tiny": 8, "small": 4, "ionic": 4, "other": 1}
-TINY_HEAVY_ATOMS, SMALL_HEAVY_ATOMS = 9, 15
+# Spellings of one molecule by its role and its kind, whichever gives more; screening libraries, which most data comes
+# from, hold few of the others.
+_SPELLINGS = {
+    "well-known": 60, "everyday": 25, "ChEBI": 6, "": 1, "tiny": 8, "small": 4, "large": 8, "ionic": 4, "other": 1,
+}  # fmt: skip
+_EVERYDAY_ROLES = ("well-known", "everyday")
+TINY_HEAVY_ATOMS, SMALL_HEAVY_ATOMS, LARGE_HEAVY_ATOMS = 9, 15, 40
 _SALTED_SHARE, _DEUTERATED_SHARE = 0.04, 0.01
 # Changes whenever preparation would give other arrays, so that a stale cache is not used.
-_PREPARATION = 4
+_PREPARATION = 5
 
 U8 = npt.NDArray[np.uint8]
 _In = TypeVar("_In")
@@ -149,7 +153,7 @@ class MoleculeSplit:
     """SMILES on the two sides.
 
     Attributes:
-        training: (SMILES, role) in the order of the sources; the role is ``well-known``, ``everyday`` or empty.
+        training: (SMILES, role); the role is ``well-known``, ``everyday``, ``ChEBI`` or empty.
         same_source, chebi: held-out SMILES, each key once.
         left_out: how many lines were left out of both, by reason.
     """
@@ -181,13 +185,14 @@ def split(data: Path, workers: int = 1) -> MoleculeSplit:
     chebi_marks = _united(one.main for one in chebi)
     same_source = _held_out(molecules, shown_marks | unseen | chebi_marks, _MOST_OF_MOLECULES)
     held_out = unseen | chebi_marks | _united(one.main | {one.key} for one in (*chebi, *same_source))
-    training: dict[str, str] = {}
-    for one in (*molecules, *chebi_molecules):
-        if not held_out.isdisjoint(one.marks):
-            left_out["held out, or like something held out"] += 1
-        elif one.key not in shown_marks:
-            training.setdefault(one.key, one.smiles)
-    chosen = [*shown.items(), *((smiles, "") for smiles in training.values())]
+    training: dict[str, tuple[str, str]] = {}
+    for role, source in (("ChEBI", chebi_molecules), ("", molecules)):
+        for one in source:
+            if not held_out.isdisjoint(one.marks):
+                left_out["held out, or like something held out"] += 1
+            elif one.key not in shown_marks:
+                training.setdefault(one.key, (one.smiles, role))
+    chosen = [*shown.items(), *training.values()]
     return MoleculeSplit(chosen, [one.smiles for one in same_source], [one.smiles for one in chebi], dict(left_out))
 
 
@@ -225,7 +230,7 @@ def training_spellings(molecule: tuple[str, str]) -> list[str]:
     if mol.GetNumHeavyAtoms() > MAX_HEAVY_ATOMS:
         return []
     number = order(split_key(mol))
-    count = _SPELLINGS[role or _kind(mol)]
+    count = max(_SPELLINGS[role], _SPELLINGS[_kind(mol)])
     texts = [smiles]
     if count > 1:
         texts += Chem.MolToRandomSmilesVect(mol, count - 1, randomSeed=number % 100_000 + 1)
@@ -243,6 +248,8 @@ def _kind(mol: Chem.Mol) -> str:
         return "tiny"
     if heavy < SMALL_HEAVY_ATOMS:
         return "small"
+    if heavy > LARGE_HEAVY_ATOMS:
+        return "large"
     ionic = len(Chem.GetMolFrags(mol)) > 1 or Chem.GetFormalCharge(mol) != 0
     return "ionic" if ionic else "other"
 
@@ -396,7 +403,7 @@ def molecule_table(molecules: list[tuple[str, str]], workers: int = 1) -> tuple[
             first = seen.setdefault(record.looks, record)
             if not np.array_equal(first.numbers, record.numbers):
                 left_out["inputs like another one of which other things are true"] += 1
-            elif first is record or role:
+            elif first is record or role in _EVERYDAY_ROLES:
                 records.append(record)
             else:
                 left_out["spellings like another one"] += 1

@@ -8,14 +8,13 @@ question or only knows its wording.
 
 from __future__ import annotations
 
+from .answers import MOLECULE_ANSWERS
+
 DESCRIBE = "Please describe this molecule."
 LOCATION = "What are the subcellular locations of this protein?"
 STRUCTURE = "What is the secondary structure of this protein?"
 
-MOLECULE_KINDS = (
-    "describe", "composition", "formula", "rings", "aromatic", "groups", "donors", "acceptors", "hydrogen_bonds",
-    "size",
-)  # fmt: skip
+MOLECULE_KINDS = tuple(MOLECULE_ANSWERS)
 PROTEIN_KINDS = ("location", "structure")
 
 # The first wording of each kind is the canonical one.

@@ -38,7 +38,7 @@ from .batches import (
 )
 from .chemistry import ATOM_CLASSES, COUNTS, GROUPS, MoleculeFacts
 from .conversations import Conversation, about_molecule, about_nothing, about_protein, molecule_chat, protein_chat
-from .location_teacher import F32, LEARNT_FEATURES
+from .location_teacher import LEARNT_FEATURES
 from .model import DemoConfig, DemoModel, TrainingHeads
 from .molecules import MoleculeTable
 from .protein_pool import PLACES, ProteinPool, fit_teacher
@@ -48,7 +48,7 @@ from .tokenizer import PIECES, PromptEncoder
 STAGES = ("gin", "esm", "joint")
 _CHAT_SHARE = 0.12
 _NOTHING_SHARE = 0.03
-_PROTEIN_EVERY = 5
+_PROTEIN_EVERY = 4
 _POOLS = {
     "esm": {"tokens": 4096, "chimeras": 3000, "structured": 4000},
     # Chimeras are good to learn features from, but nothing that anyone asks about.
@@ -67,7 +67,7 @@ class TrainOptions:
 
     data: Path
     out: Path
-    steps: int = 2700
+    steps: int = 3300
     threads: int = 1
     seed: int = 0
     bf16: bool = True
@@ -154,7 +154,7 @@ class Trainer:
             return self._protein_losses(hidden, batch)
 
     def joint_loss(self, step: int) -> dict[str, Tensor]:
-        """One batch of questions and answers: proteins every fifth step, else molecules."""
+        """One batch of questions and answers: proteins every fourth step, else molecules."""
         rng = self.rng("joint", step)
         if step % _PROTEIN_EVERY == _PROTEIN_EVERY - 1:
             return self._protein_answers(step // _PROTEIN_EVERY, rng)
@@ -188,7 +188,11 @@ class Trainer:
         pool = self.pools["joint"].batch(k)
         batch = moved(protein_batch(pool), self.device)
         chat = rng.random() < _CHAT_SHARE
-        records = [self._asked(*one, rng) for one in zip(pool.records, pool.places, strict=True)]
+        with self.precision():
+            hidden = self.model.prot_structure_encoder(batch.ids, self.dtype)
+            found = self.heads.location(hidden[:, 0].detach()).argmax(1)
+        places = [PLACES[place] for place in found.tolist()]
+        records = [self._asked(record, place, rng) for record, place in zip(pool.records, places, strict=True)]
         conversations = [
             protein_chat(records, i, self._asked_elsewhere(record, rng), rng)
             if chat
@@ -198,20 +202,20 @@ class Trainer:
         count, width = batch.ids.shape
         subjects = [range(i * width, (i + 1) * width) for i in range(count)]
         with self.precision():
-            hidden = self.model.prot_structure_encoder(batch.ids, self.dtype)
-            answer, _ = self._answer_loss(conversations, subjects, self.model.proj_prot(hidden).flatten(0, 1))
+            answer, states = self._answer_loss(conversations, subjects, self.model.proj_prot(hidden).flatten(0, 1))
+            said = self.heads.found_loss(states, found)
             labels = self._protein_losses(hidden, batch)["total"]
-        return {"total": answer + 0.3 * labels, "proteins": answer, "labels": labels}
+        return {"total": answer + 0.2 * said + 0.3 * labels, "proteins": answer, "found": said, "labels": labels}
 
-    def _asked(self, record: ProteinRecord, places: F32, rng: random.Random) -> ProteinRecord:
+    def _asked(self, record: ProteinRecord, place: str, rng: random.Random) -> ProteinRecord:
         """The record with the one label that is asked for.
 
-        A location is drawn from what the teacher and the label say together, which also spreads to proteins that have
-        only a structure.
+        A location is the one that the encoder finds, which learns from labels and the teacher: all the decoder has to
+        learn is to say it. Taught the labels themselves, which the encoder often has no way of knowing, it learnt to
+        say less than the encoder knew (43 % right on held-out proteins where the encoder had 59).
         """
         if record.structure and rng.random() >= _LOCATED_SHARE:
             return record
-        place = rng.choices(PLACES, places.tolist())[0]
         return replace(record, location=place, membrane=record.membrane if place == record.location else "U")
 
     def _asked_elsewhere(self, record: ProteinRecord, rng: random.Random) -> ProteinRecord:
@@ -230,7 +234,8 @@ class Trainer:
         if batch.structured:
             logits = self.heads.residue(hidden).float().flatten(0, 1)
             losses["residues"] = F.cross_entropy(logits, batch.residues.flatten(), ignore_index=IGNORE)
-            losses["total"] = losses["total"] + 0.3 * batch.structured * losses["residues"]
+            losses["shares"] = self.heads.share_loss(first, batch.residues)
+            losses["total"] = losses["total"] + 0.3 * batch.structured * (losses["residues"] + losses["shares"])
         return losses
 
     def _answer_loss(
@@ -261,7 +266,8 @@ class Trainer:
         rate = self.options.rate
         esm = self.model.prot_structure_encoder
         gin = [*self.model.mol_structure_encoder.parameters(), *self.heads.atom.parameters()]
-        heads = [p for head in (self.heads.residue, self.heads.location, self.heads.learnt) for p in head.parameters()]
+        of_proteins = (self.heads.residue, self.heads.shares, self.heads.location, self.heads.learnt)
+        heads = [p for head in of_proteins for p in head.parameters()]
         if stage == "gin":
             return [_adamw(gin, 2e-3)]
         if stage == "esm":
