@@ -1,188 +1,270 @@
-// The Python binding, and the only file that knows Python: turns arrays into the kernel library's structs without
-// copying or casting, releases the GIL, translates errors.
-#include <pybind11/numpy.h>
+// The Python binding: turns a call's arguments into the kernel library's structs, releases the GIL, translates errors.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <limits>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "common/cpu_features.h"
 #include "common/cuda_device.h"
-#include "common/dtype.h"
 #include "common/error.h"
+#include "python/array.h"
 #include "splice/splice.h"
+
+#if defined(BIOMEDGPT_HAVE_CUDA)
+#include <cuda_runtime_api.h>
+
+#include "splice/splice_cuda.h"
+#endif
 
 namespace py = pybind11;
 using biomedgpt::ArgumentError;
 using biomedgpt::DType;
+using biomedgpt::Matrix;
+using biomedgpt::python::ArgName;
+using biomedgpt::python::Array;
+using biomedgpt::python::Expected;
+using biomedgpt::python::Place;
+using biomedgpt::python::type_name;
 
 namespace {
 
-std::string type_name(py::handle value) {
-    return py::str(py::type::handle_of(value).attr("__name__"));
-}
+constexpr Expected kOut{2, "float32 or float16 [rows, hidden], contiguous and writeable"};
+constexpr Expected kTable{2, "float32, float16 or int8 [vocab, hidden], contiguous"};
+constexpr Expected kScales{1, "float32 [vocab], contiguous, or None"};
+constexpr Expected kIds{1, "int64 or int32 [count], contiguous"};
+constexpr Expected kFeatures{2, "float32 or float16 [count, in], the elements of a row adjacent"};
+constexpr Expected kWeight{2, "float32 or float16 [hidden, in], contiguous"};
+constexpr Expected kBias{1, "float32 [hidden], contiguous"};
 
-std::string describe(const py::array& array) {
-    std::string text = std::string(py::str(array.dtype())) + " [";
-    for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
-        text += (axis > 0 ? ", " : "") + std::to_string(array.shape(axis));
+// True and False, which are ints to Python, are more likely to be a mistake than a number here.
+int64_t int_of(py::handle value, const ArgName& name) {
+    if (!PyLong_Check(value.ptr()) || PyBool_Check(value.ptr())) {
+        throw ArgumentError(name.text(), type_name(value), "an int");
     }
-    return text + "]";
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+    if (overflow != 0) throw ArgumentError(name.text(), "a number beyond 64 bits", "a smaller one");
+    return number;
 }
 
-py::array array_of(py::handle value, const std::string& name, int ndim) {
-    if (!py::isinstance<py::array>(value)) throw ArgumentError(name, type_name(value), "a numpy array");
-    auto array = py::reinterpret_borrow<py::array>(value);
-    if (array.ndim() != ndim) throw ArgumentError(name, describe(array), std::to_string(ndim) + " dimensions");
-    return array;
-}
-
-DType dtype_of(const py::array& array, const std::string& name) {
-    const py::dtype dtype = array.dtype();
-    if (dtype.byteorder() == '=' || dtype.byteorder() == '|') {
-        const char kind = dtype.kind();
-        const py::ssize_t size = dtype.itemsize();
-        if (kind == 'f' && size == 4) return DType::f32;
-        if (kind == 'f' && size == 2) return DType::f16;
-        if (kind == 'i' && size == 1) return DType::i8;
-        if (kind == 'i' && size == 4) return DType::i32;
-        if (kind == 'i' && size == 8) return DType::i64;
+int threads_of(py::handle value) {
+    const int64_t threads = int_of(value, {"threads"});
+    if (threads != static_cast<int>(threads)) {
+        throw ArgumentError("threads", std::to_string(threads), "a number of threads");
     }
-    throw ArgumentError(name, describe(array), "native-endian float32, float16, int8, int32 or int64 as documented");
+    return static_cast<int>(threads);
 }
 
-// NumPy may give any stride to an axis of length one, and to every axis of an empty array.
-bool adjacent(const py::array& array, int axis) {
-    return array.size() == 0 || array.shape(axis) == 1 || array.strides(axis) == array.itemsize();
+bool bool_of(py::handle value, const ArgName& name) {
+    if (!PyBool_Check(value.ptr())) throw ArgumentError(name.text(), type_name(value), "a bool");
+    return value.is(py::handle(Py_True));
 }
 
-biomedgpt::Matrix matrix_of(const py::array& array, const std::string& name) {
-    biomedgpt::Matrix matrix;
-    matrix.data = array.data();
-    matrix.dtype = dtype_of(array, name);
-    matrix.rows = array.shape(0);
-    matrix.columns = array.shape(1);
-    const bool strided = matrix.rows > 1 && array.size() > 0;
-    if (!adjacent(array, 1) || (strided && array.strides(0) % array.itemsize() != 0)) {
-        throw ArgumentError(name,
-                            describe(array) + " with strides of " + std::to_string(array.strides(0)) + " and " +
-                                std::to_string(array.strides(1)) + " bytes",
-                            "adjacent elements in each row");
+// Valid as long as `value` is.
+std::string_view text_of(py::handle value, const ArgName& name) {
+    if (!PyUnicode_Check(value.ptr())) throw ArgumentError(name.text(), type_name(value), "a str");
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
+    if (text == nullptr) {
+        PyErr_Clear();
+        throw ArgumentError(name.text(), "a str that UTF-8 cannot encode", "a name");
     }
-    matrix.row_stride = strided ? array.strides(0) / array.itemsize() : matrix.columns;
-    return matrix;
+    return {text, static_cast<size_t>(size)};
 }
 
-py::array contiguous_vector(py::handle value, const std::string& name) {
-    py::array array = array_of(value, name, 1);
-    if (!adjacent(array, 0)) {
-        throw ArgumentError(name, describe(array) + " with a stride of " + std::to_string(array.strides(0)) + " bytes",
-                            "a contiguous array");
+Matrix matrix_of(const Array& array) {
+    const bool strided = array.shape(0) > 1 && array.size() > 0;
+    if (!array.adjacent(1) || (strided && array.stride(0) % size_of(array.dtype()) != 0)) {
+        array.refuse(" with strides of " + std::to_string(array.stride(0)) + " and " + std::to_string(array.stride(1)) +
+                     " bytes");
     }
-    return array;
+    const int64_t stride = strided ? array.stride(0) / size_of(array.dtype()) : array.shape(1);
+    return {array.data(), array.dtype(), array.shape(0), array.shape(1), stride};
 }
 
-const float* floats_of(const py::array& array, const std::string& name) {
-    if (dtype_of(array, name) != DType::f32) throw ArgumentError(name, describe(array), "float32");
-    return static_cast<const float*>(array.data());
+void require_contiguous(const Array& vector) {
+    if (!vector.contiguous()) vector.refuse(" with a stride of " + std::to_string(vector.stride(0)) + " bytes");
 }
 
-// The kernel's structs, and the references that keep their memory alive while the GIL is released.
+const float* floats_of(const Array& vector) {
+    if (vector.dtype() != DType::f32) vector.refuse();
+    require_contiguous(vector);
+    return static_cast<const float*>(vector.data());
+}
+
+// The kernel's structs, and what keeps their memory alive while the GIL is released.
 class SpliceCall {
   public:
-    SpliceCall(py::handle out, py::handle table, py::handle table_scales, const py::sequence& segments) {
+    SpliceCall(py::handle out, py::handle table, py::handle table_scales, py::handle segments, Place place)
+        : place_(place) {
+        const py::tuple items = items_of(segments);
+        kept_.reserve(3 + 3 * items.size());
+        args_.segments.reserve(items.size());
         set_out(out);
-        args.table.rows = matrix_of(keep(array_of(table, "table", 2)), "table");
-        if (!table_scales.is_none()) {
-            const py::array scales = keep(contiguous_vector(table_scales, "table_scales"));
-            args.table.scales = floats_of(scales, "table_scales");
-            args.table.scale_count = scales.size();
-        }
-        const size_t count = segments.size();
-        args.segments.reserve(count);
-        for (size_t i = 0; i < count; ++i) add(segments[i], "segments[" + std::to_string(i) + "]");
+        set_table(table, table_scales);
+        for (size_t i = 0; i < items.size(); ++i) add(items[i], static_cast<int64_t>(i));
     }
 
-    biomedgpt::SpliceArgs args;
+    const biomedgpt::SpliceArgs& args() const { return args_; }
+    const Place& place() const { return place_; }
 
   private:
-    py::array keep(py::array array) {
-        kept_.push_back(array);
-        return array;
+    // A tuple of its own: other threads may change the list while an exporter runs.
+    static py::tuple items_of(py::handle segments) {
+        PyObject* items = PySequence_Check(segments.ptr()) ? PySequence_Tuple(segments.ptr()) : nullptr;
+        if (items != nullptr) return py::reinterpret_steal<py::tuple>(items);
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+        PyErr_Clear();
+        throw ArgumentError("segments", type_name(segments), "a list or tuple of segments");
+    }
+
+    const Array& keep(py::handle value, const ArgName& name, const Expected& expected) {
+        return kept_.emplace_back(value, name, expected, place_);
     }
 
     void set_out(py::handle value) {
-        const py::array out = keep(array_of(value, "out", 2));
-        const bool contiguous = (out.flags() & py::array::c_style) != 0;
-        if (dtype_of(out, "out") != DType::f32 || !contiguous || !out.writeable()) {
-            throw ArgumentError(
-                "out", describe(out) + (contiguous ? "" : ", not contiguous") + (out.writeable() ? "" : ", read-only"),
-                "float32 [rows, hidden], contiguous and writeable");
-        }
-        args.out = static_cast<float*>(const_cast<void*>(out.data()));
-        args.rows = out.shape(0);
-        args.hidden = out.shape(1);
+        const Array& out = keep(value, {"out"}, kOut);
+        const bool is_float = out.dtype() == DType::f32 || out.dtype() == DType::f16;
+        if (!is_float) out.refuse();
+        if (!out.contiguous()) out.refuse(", not contiguous");
+        if (!out.writeable()) out.refuse(", read-only");
+        args_.out = out.data();
+        args_.out_dtype = out.dtype();
+        args_.rows = out.shape(0);
+        args_.hidden = out.shape(1);
     }
 
-    void add(const py::object& value, const std::string& name) {
-        const bool is_tuple = py::isinstance<py::tuple>(value);
-        const auto tuple = is_tuple ? py::reinterpret_borrow<py::tuple>(value) : py::tuple();
-        const std::string kind =
-            !tuple.empty() && py::isinstance<py::str>(tuple[0]) ? std::string(py::str(tuple[0])) : "";
-        if (kind == "tokens" && tuple.size() == 3) {
-            args.segments.emplace_back(tokens(tuple, name));
-        } else if (kind == "features" && tuple.size() == 6) {
-            args.segments.emplace_back(features(tuple, name));
+    void set_table(py::handle table, py::handle scales) {
+        args_.table.rows = matrix_of(keep(table, {"table"}, kTable));
+        if (scales.is_none()) return;
+        const Array& array = keep(scales, {"table_scales"}, kScales);
+        args_.table.scales = floats_of(array);
+        args_.table.scale_count = array.size();
+    }
+
+    void add(py::handle value, int64_t index) {
+        const auto tuple = PyTuple_Check(value.ptr()) ? py::reinterpret_borrow<py::tuple>(value) : py::tuple();
+        const auto is = [&](const char* kind, size_t size) {
+            return tuple.size() == size && PyUnicode_Check(tuple[0].ptr()) &&
+                   PyUnicode_CompareWithASCIIString(tuple[0].ptr(), kind) == 0;
+        };
+        if (is("tokens", 3)) {
+            add_tokens(tuple, index);
+        } else if (is("features", 6)) {
+            add_features(tuple, index);
         } else {
-            throw ArgumentError(
-                name,
-                is_tuple ? "a tuple of " + std::to_string(tuple.size()) + " that starts with \"" + kind + "\""
-                         : type_name(value),
-                "(\"tokens\", row, ids) or "
-                "(\"features\", row, features, weight, bias, layer_norm_eps or None)");
+            throw ArgumentError("segments[" + std::to_string(index) + "]", segment_text(value),
+                                "(\"tokens\", row, ids) or "
+                                "(\"features\", row, features, weight, bias, layer_norm_eps or None)");
         }
     }
 
-    static int64_t row_of(const py::tuple& tuple, const std::string& name) {
-        if (!py::isinstance<py::int_>(tuple[1])) throw ArgumentError(name + ".row", type_name(tuple[1]), "an int");
-        return tuple[1].cast<int64_t>();
+    static std::string segment_text(py::handle value) {
+        if (!PyTuple_Check(value.ptr())) return type_name(value);
+        const auto tuple = py::reinterpret_borrow<py::tuple>(value);
+        const std::string text = "a tuple of " + std::to_string(tuple.size());
+        if (tuple.empty()) return text;
+        constexpr size_t kEnough = 40;
+        const py::object first = tuple[0];
+        const bool is_text = PyUnicode_Check(first.ptr());
+        return text + " that starts with " +
+               (is_text ? std::string(py::repr(first)).substr(0, kEnough) : type_name(first));
     }
 
-    biomedgpt::TokenSegment tokens(const py::tuple& tuple, const std::string& name) {
-        const py::array ids = keep(contiguous_vector(tuple[2], name + ".ids"));
+    void add_tokens(const py::tuple& tuple, int64_t index) {
         biomedgpt::TokenSegment segment;
-        segment.row = row_of(tuple, name);
+        segment.row = int_of(tuple[1], {"row", index});
+        // Those of a tokenizer, wherever the other arrays are.
+        Place host;
+        const Array& ids = kept_.emplace_back(tuple[2], ArgName{"ids", index}, kIds, host);
+        require_contiguous(ids);
         segment.ids = ids.data();
-        segment.ids_dtype = dtype_of(ids, name + ".ids");
+        segment.ids_dtype = ids.dtype();
         segment.count = ids.size();
-        return segment;
+        args_.segments.emplace_back(segment);
     }
 
-    biomedgpt::FeatureSegment features(const py::tuple& tuple, const std::string& name) {
-        const py::array bias = keep(contiguous_vector(tuple[4], name + ".bias"));
+    void add_features(const py::tuple& tuple, int64_t index) {
         biomedgpt::FeatureSegment segment;
-        segment.row = row_of(tuple, name);
-        segment.features = matrix_of(keep(array_of(tuple[2], name + ".features", 2)), name + ".features");
-        segment.weight = matrix_of(keep(array_of(tuple[3], name + ".weight", 2)), name + ".weight");
-        segment.bias = floats_of(bias, name + ".bias");
+        segment.row = int_of(tuple[1], {"row", index});
+        segment.features = matrix_of(keep(tuple[2], {"features", index}, kFeatures));
+        segment.weight = matrix_of(keep(tuple[3], {"weight", index}, kWeight));
+        const Array& bias = keep(tuple[4], {"bias", index}, kBias);
+        segment.bias = floats_of(bias);
         segment.bias_count = bias.size();
         const py::object eps = tuple[5];
-        if (py::isinstance<py::float_>(eps)) {
-            segment.layer_norm_eps = eps.cast<double>();
+        if (PyFloat_Check(eps.ptr())) {
+            segment.layer_norm_eps = PyFloat_AS_DOUBLE(eps.ptr());
         } else if (!eps.is_none()) {
-            throw ArgumentError(name + ".layer_norm_eps", type_name(eps), "a float or None");
+            throw ArgumentError(ArgName{"layer_norm_eps", index}.text(), type_name(eps), "a float or None");
         }
-        return segment;
+        args_.segments.emplace_back(segment);
     }
 
-    std::vector<py::array> kept_;
+    Place place_;
+    std::vector<Array> kept_;
+    biomedgpt::SpliceArgs args_;
 };
 
-void splice(const py::object& out, const py::object& table, const py::object& table_scales,
-            const py::sequence& segments, int threads, const std::string& path) {
-    const SpliceCall call(out, table, table_scales, segments);
+void splice(const py::object& out, const py::object& table, const py::object& table_scales, const py::object& segments,
+            const py::object& threads, const py::object& path, const py::object& allow_16bit) {
+    biomedgpt::SpliceOptions options;
+    options.threads = threads_of(threads);
+    options.path = text_of(path, {"path"});
+    options.allow_16bit = bool_of(allow_16bit, {"allow_16bit"});
+    const SpliceCall call(out, table, table_scales, segments, Place());
     const py::gil_scoped_release released;
-    biomedgpt::splice(call.args, threads, path);
+    biomedgpt::splice(call.args(), options);
+}
+
+#if defined(BIOMEDGPT_HAVE_CUDA)
+
+void require_success(cudaError_t code, const char* what) {
+    if (code != cudaSuccess) throw biomedgpt::DeviceError(std::string(what) + ": " + cudaGetErrorString(code) + ".");
+}
+
+// Makes a device the current one, which kernels start on, until the end of a scope.
+class CurrentDevice {
+  public:
+    explicit CurrentDevice(int device) {
+        require_success(cudaGetDevice(&before_), "cudaGetDevice");
+        require_success(cudaSetDevice(device), "cudaSetDevice");
+    }
+    ~CurrentDevice() { cudaSetDevice(before_); }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+  private:
+    int before_ = 0;
+};
+
+void splice_cuda(const py::object& out, const py::object& table, const py::object& table_scales,
+                 const py::object& segments, const py::object& stream, const py::object& allow_16bit) {
+    const int64_t number = int_of(stream, {"stream"});
+    if (number < 0) throw ArgumentError("stream", std::to_string(number), "a cudaStream_t as a number, or 0");
+    const bool rounded = bool_of(allow_16bit, {"allow_16bit"});
+    const SpliceCall call(out, table, table_scales, segments, Place{true, number, std::nullopt});
+    const py::gil_scoped_release released;
+    const CurrentDevice current(call.place().device.value());
+    biomedgpt::splice_cuda(call.args(), rounded, reinterpret_cast<CUstream_st*>(static_cast<intptr_t>(number)));
+}
+
+#else
+
+void splice_cuda(const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
+                 const py::object&) {
+    throw biomedgpt::DeviceError("This build has no CUDA kernels; BIOMEDGPT_CUDA=ON makes one that has.");
+}
+
+#endif
+
+py::dict splice_paths() {
+    py::dict paths;
+    for (const biomedgpt::SplicePathInfo& path : biomedgpt::splice_paths()) paths[path.name] = path.operands_16bit;
+    return paths;
 }
 
 py::dict cpu_features() {
@@ -191,30 +273,69 @@ py::dict cpu_features() {
     features["avx2"] = cpu.avx2;
     features["fma"] = cpu.fma;
     features["f16c"] = cpu.f16c;
-    features["avx512f"] = cpu.avx512f;
+    features["avx512"] = cpu.avx512;
+    features["avx512_bf16"] = cpu.avx512_bf16;
+    features["amx"] = cpu.amx;
+    features["amx_bf16"] = cpu.amx_bf16;
     features["neon"] = cpu.neon;
+    features["neon_bf16"] = cpu.neon_bf16;
     return features;
 }
 
-void translate_argument_error(std::exception_ptr thrown) {
+// Texts may hold bytes of other libraries, such as the names of their capsules, or be cut within a character.
+py::object decoded(std::string_view text) {
+    return py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace"));
+}
+
+void set_error(const char* type_name, const std::exception& error, const py::object& seen) {
+    const py::object type = py::module_::import("biomedgpt_edge.errors").attr(type_name);
+    PyErr_SetObject(type.ptr(), type(decoded(error.what()), py::arg("seen") = seen).ptr());
+}
+
+void translate_error(std::exception_ptr thrown) {
     try {
         if (thrown) std::rethrow_exception(thrown);
     } catch (const ArgumentError& error) {
-        const py::object type = py::module_::import("biomedgpt_edge.errors").attr("KernelArgumentError");
-        const py::object instance = type(error.what(), py::arg("seen") = error.given());
-        PyErr_SetObject(type.ptr(), instance.ptr());
+        set_error("KernelArgumentError", error, decoded(error.given()));
+    } catch (const biomedgpt::DeviceError& error) {
+        set_error("PlatformError", error, py::none());
     }
 }
 
 }  // namespace
 
+constexpr char kSpliceDoc[] =
+    R"(Fills out [rows, hidden], float32 or float16, from token embeddings and projected features.
+
+Arrays may be of numpy, have the buffer protocol, or have DLPack with CPU memory; out is contiguous and writeable.
+
+table: [vocab, hidden], float32, float16 or int8, contiguous; table_scales: [vocab] float32 for int8, otherwise None.
+segments: ("tokens", row, ids) with ids [count], int64 or int32, or ("features", row, features, weight, bias,
+    layer_norm_eps or None) with features [count, in] and weight [hidden, in], float32 or float16, and bias [hidden]
+    float32. In any order, they cover every row of out exactly once, each from `row` on.
+threads: an upper bound, from 1. path: "auto" or a key of splice_paths().
+allow_16bit: whether operands of the products may be rounded to bfloat16.
+
+Raises KernelArgumentError, with out untouched, for anything else.)";
+
+constexpr char kSpliceCudaDoc[] = R"(Queues splice on a CUDA stream and returns without waiting for it.
+
+As splice, but out, table, scales, features, weights and biases are DLPack tensors on one CUDA device; ids stay on the
+host. They must live until the stream, a cudaStream_t as a number, has passed this call; whatever fills them on another
+stream is waited for.
+
+Raises KernelArgumentError, with out untouched, or PlatformError where CUDA is missing or fails.)";
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native kernels. Arrays are used in place: nothing is copied, cast or kept.";
     module.attr("__version__") = BIOMEDGPT_VERSION;
-    py::register_local_exception_translator(&translate_argument_error);
-    module.def("splice", &splice, py::arg("out"), py::arg("table"), py::arg("table_scales").none(true),
-               py::arg("segments"), py::arg("threads") = 1, py::arg("path") = "auto");
-    module.def("splice_paths", &biomedgpt::splice_paths);
+    py::register_local_exception_translator(&translate_error);
+    module.def("splice", &splice, kSpliceDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
+               py::arg("segments"), py::arg("threads") = 1, py::arg("path") = "auto", py::arg("allow_16bit") = false);
+    module.def("splice_cuda", &splice_cuda, kSpliceCudaDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
+               py::arg("segments"), py::arg("stream") = 0, py::arg("allow_16bit") = false);
+    module.def("splice_paths", &splice_paths);
     module.def("cpu_features", &cpu_features);
     module.def("cuda_compiled", &biomedgpt::cuda_compiled);
     module.def("cuda_device_count", &biomedgpt::cuda_device_count);

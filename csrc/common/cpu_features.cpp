@@ -2,10 +2,34 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace biomedgpt {
 namespace {
+
+#if defined(__x86_64__)
+// Linux gives a process the 8 KiB of tile state only when asked, and before any thread uses a tile.
+bool tiles_granted() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+struct Leaf {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    Leaf(unsigned number, unsigned part) { __get_cpuid_count(number, part, &eax, &ebx, &ecx, &edx); }
+};
+#endif
 
 CpuFeatures detect() {
     CpuFeatures found;
@@ -14,12 +38,20 @@ CpuFeatures detect() {
     // The builtin also asks XGETBV whether the operating system saves the wide registers; CPUID alone does not say.
     found.avx2 = __builtin_cpu_supports("avx2");
     found.fma = __builtin_cpu_supports("fma");
-    found.avx512f = __builtin_cpu_supports("avx512f");
-    // GCC before 11 has no "f16c" in the builtin. F16C works on AVX registers, so AVX2 above settles the system's part.
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    found.f16c = found.avx2 && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+    found.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    // The builtin does not know these in every compiler. F16C works on AVX registers and BF16 on AVX-512's, so what is
+    // above settles the system's part; tiles have a permission of their own.
+    found.f16c = found.avx2 && (Leaf(1, 0).ecx & bit_F16C) != 0;
+    found.avx512_bf16 = found.avx512 && (Leaf(7, 1).eax & 1u << 5) != 0;
+    constexpr unsigned kTilesAndBf16 = 1u << 24 | 1u << 22;
+    found.amx = (Leaf(7, 0).edx & kTilesAndBf16) == kTilesAndBf16;
+    found.amx_bf16 = found.avx512_bf16 && found.amx && tiles_granted();
 #elif defined(__aarch64__)
     found.neon = true;  // part of the base architecture
+#if defined(__linux__)
+    found.neon_bf16 = (getauxval(AT_HWCAP2) & 1ul << 14) != 0;  // HWCAP2_BF16
+#endif
 #endif
     return found;
 }

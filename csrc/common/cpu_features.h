@@ -7,8 +7,12 @@ struct CpuFeatures {
     bool avx2 = false;
     bool fma = false;
     bool f16c = false;
-    bool avx512f = false;
+    bool avx512 = false;       // F, BW, DQ and VL: Skylake servers and later, Zen 4 and later
+    bool avx512_bf16 = false;  // dot products of bfloat16 pairs
+    bool amx = false;          // tiles of bfloat16, whether or not the system lets a process use them
+    bool amx_bf16 = false;     // tiles of bfloat16, granted to this process by the system
     bool neon = false;
+    bool neon_bf16 = false;  // BFDOT
 };
 
 const CpuFeatures& cpu_features();

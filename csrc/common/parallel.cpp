@@ -1,34 +1,128 @@
 #include "common/parallel.h"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <csignal>
+#include <mutex>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 namespace biomedgpt {
+namespace {
+
+// No signal is delivered to a thread made meanwhile: the process's handlers expect its own threads, and a Ctrl-C that
+// lands here would not interrupt what Python waits for.
+class SignalsBlocked {
+  public:
+    SignalsBlocked() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+    SignalsBlocked(const SignalsBlocked&) = delete;
+    SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+  private:
+    sigset_t before_;
+};
+
+// Threads that sleep on a condition variable between jobs. They do not spin: ONNX Runtime's own threads need the
+// processors as soon as a job is done.
+class Pool {
+  public:
+    // False if the pool is at work for another thread.
+    bool run(int parts, PartBody body) {
+        const std::unique_lock<std::mutex> mine(in_use_, std::try_to_lock);
+        if (!mine.owns_lock()) return false;
+        const int helped = grow(parts - 1);
+        {
+            const std::lock_guard<std::mutex> lock(state_);
+            body_ = &body;
+            helpers_ = helped;
+            unfinished_ = helped;
+            ++job_;
+        }
+        start_.notify_all();
+        body(0);
+        // The system had no thread to give for these: slower, and the same result.
+        for (int part = helped + 1; part < parts; ++part) body(part);
+        std::unique_lock<std::mutex> lock(state_);
+        done_.wait(lock, [&] { return unfinished_ == 0; });
+        return true;
+    }
+
+  private:
+    // Starts threads until there are `wanted`, or as many as the system gives; returns how many of them will help.
+    int grow(int wanted) {
+        while (threads_ < wanted) {
+            try {
+                const SignalsBlocked blocked;
+                std::thread(&Pool::work, this, threads_ + 1, job_).detach();
+            } catch (const std::system_error&) {
+                break;
+            }
+            ++threads_;
+        }
+        return std::min(threads_, wanted);
+    }
+
+    void work(int part, uint64_t last) {
+        for (;;) {
+            std::unique_lock<std::mutex> lock(state_);
+            start_.wait(lock, [&] { return job_ != last; });
+            last = job_;
+            if (part > helpers_) continue;
+            const PartBody body = *body_;
+            lock.unlock();
+            body(part);
+            lock.lock();
+            if (--unfinished_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex in_use_;  // held by the thread whose job this is; guards threads_ too
+    int threads_ = 0;
+
+    std::mutex state_;  // guards all below
+    std::condition_variable start_, done_;
+    const PartBody* body_ = nullptr;
+    int helpers_ = 0;
+    int unfinished_ = 0;
+    uint64_t job_ = 0;
+};
+
+// Never destroyed: its threads sleep in it until the process ends.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+    Pool* current = pool.load(std::memory_order_acquire);
+    if (current == nullptr) {
+        // A forked child has the pool's memory but none of its threads: it gets a pool of its own.
+        static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+        static_cast<void>(registered);
+        auto* fresh = new Pool;
+        if (pool.compare_exchange_strong(current, fresh)) return *fresh;
+        delete fresh;
+    }
+    return *current;
+}
+
+}  // namespace
 
 int worthwhile_parts(int threads, int64_t items, int64_t operations) {
-    // Starting and joining a thread takes tens of microseconds; a core does about this many operations in 200 of them.
+    // Waking a thread takes tens of microseconds; a core does about this many operations in 100 of them.
     constexpr int64_t kOperationsPerThread = int64_t{1} << 22;
     const int64_t parts = std::min({static_cast<int64_t>(threads), items, operations / kOperationsPerThread});
     return static_cast<int>(std::max<int64_t>(1, parts));
 }
 
-void for_parts(int parts, int64_t items, const std::function<void(int part, int64_t begin, int64_t end)>& body) {
-    const auto run = [&](int part) { body(part, items * part / parts, items * (part + 1) / parts); };
-    std::vector<std::thread> workers;
-    workers.reserve(static_cast<size_t>(parts - 1));
-    for (int part = 1; part < parts; ++part) {
-        try {
-            workers.emplace_back(run, part);
-        } catch (const std::system_error&) {
-            run(part);  // the system has no thread to give: slower, and the same result
-        }
-    }
-    run(0);
-    for (std::thread& worker : workers) {
-        worker.join();
-    }
+void for_parts(int parts, PartBody body) {
+    if (parts > 1 && the_pool().run(parts, body)) return;
+    for (int part = 0; part < parts; ++part) body(part);
 }
 
 }  // namespace biomedgpt

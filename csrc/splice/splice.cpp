@@ -1,8 +1,11 @@
-// Dispatch of splice and the blocking around a path's inner loops.
+// Dispatch of splice, and the blocking and threads around a path's inner loops.
 #include "splice/splice.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
 
 #include "common/cpu_features.h"
 #include "common/error.h"
@@ -12,164 +15,256 @@
 namespace biomedgpt {
 namespace {
 
-// A weight block of 48 x 512 float32 is 96 KiB: it stays in L2 while all feature rows pass over it. Of the running
-// tile, 4 + 3 rows x 2 KiB stay in L1. Sums over 512 terms, then over blocks, also keep rounding errors small.
-constexpr int64_t kBlockColumns = 48;
-constexpr int64_t kBlockWidth = 512;
-static_assert(kBlockColumns % kTileColumns == 0 && kBlockWidth % kWidthStep == 0);
+// Panels that stay in the L2 cache while all weights pass over them: 96 rows of 2560 floats, 192 of bfloat16. Of 2 MiB,
+// half: with two thirds (measured) the weights and results that stream through push them out.
+constexpr int64_t kPanelWords = 264 * 1024;
+static_assert(kPanelWords >= kWordStride * kMaxLanes, "the widest features must fit");
 
 int64_t round_up(int64_t value, int64_t step) {
     return (value + step - 1) / step * step;
 }
 
-std::vector<const SplicePath*> available_paths() {
-    std::vector<const SplicePath*> paths;
-#if defined(BIOMEDGPT_HAVE_AVX2)
-    const CpuFeatures& cpu = cpu_features();
-    if (cpu.avx2 && cpu.fma && cpu.f16c) paths.push_back(&kSpliceAvx2);
-#endif
-    paths.push_back(&kSplicePortable);
-    return paths;
+// A thread's own memory, of a size that depends on nothing: made in its first call, kept for the later ones.
+struct alignas(64) Workspace {
+    float panels[kPanelWords];
+    float rows[kMaxGroup * kWordStride];
+    float weights[kMaxTileRows * kWordStride];
+};
+
+Workspace& workspace() {
+    thread_local const std::unique_ptr<Workspace> mine(new Workspace);
+    return *mine;
 }
 
-const SplicePath& choose_path(std::string_view name) {
-    const std::vector<const SplicePath*> paths = available_paths();
-    if (name == "auto") return *paths.front();
-    std::string names = "auto";
-    for (const SplicePath* path : paths) {
-        if (name == path->name) return *path;
-        names += std::string(", ") + path->name;
+// The paths of this build that the processor can run, best first.
+class Paths {
+  public:
+    Paths() {
+        const CpuFeatures& cpu = cpu_features();
+        static_cast<void>(cpu);  // not read where a build has the portable path only
+#if defined(BIOMEDGPT_HAVE_AMX)
+        if (cpu.amx_bf16) add(kSpliceAmxBf16);
+#endif
+        // Processors with tiles leave dot products of pairs to them: there, these take twice as long as fused
+        // multiply-add (measured on Sapphire Rapids), and float32 is faster.
+#if defined(BIOMEDGPT_HAVE_AVX512_BF16)
+        if (cpu.avx512_bf16 && !cpu.amx) add(kSpliceAvx512Bf16);
+#endif
+#if defined(BIOMEDGPT_HAVE_AVX512)
+        if (cpu.avx512) add(kSpliceAvx512);
+#endif
+#if defined(BIOMEDGPT_HAVE_AVX512_BF16)
+        if (cpu.avx512_bf16 && cpu.amx) add(kSpliceAvx512Bf16);
+#endif
+#if defined(BIOMEDGPT_HAVE_AVX2)
+        if (cpu.avx2 && cpu.fma && cpu.f16c) add(kSpliceAvx2);
+#endif
+#if defined(BIOMEDGPT_HAVE_NEON_BF16)
+        if (cpu.neon_bf16) add(kSpliceNeonBf16);
+#endif
+#if defined(BIOMEDGPT_HAVE_NEON)
+        add(kSpliceNeon);
+#endif
+        add(kSplicePortable);
     }
-    throw ArgumentError("path", "\"" + std::string(name) + "\"", "one this machine can run: " + names);
+
+    const SplicePath* const* begin() const { return paths_; }
+    const SplicePath* const* end() const { return paths_ + count_; }
+
+  private:
+    void add(const SplicePath& path) { paths_[count_++] = &path; }
+
+    const SplicePath* paths_[6];
+    int count_ = 0;
+};
+
+const Paths& paths() {
+    static const Paths found;
+    return found;
 }
+
+bool permitted(const SplicePath& path, const SpliceOptions& options) {
+    return options.allow_16bit || !path.operands_16bit;
+}
+
+const SplicePath& choose_path(const SpliceOptions& options) {
+    for (const SplicePath* path : paths()) {
+        if (permitted(*path, options) && (options.path == "auto" || options.path == path->name)) return *path;
+    }
+    std::string names = "auto";
+    for (const SplicePath* path : paths()) {
+        if (permitted(*path, options)) names += std::string(", ") + path->name;
+    }
+    throw ArgumentError(
+        "path", "\"" + std::string(options.path) + "\"",
+        "one this machine can run" + std::string(options.allow_16bit ? "" : " without 16-bit operands") + ": " + names);
+}
+
+// One thread's share of the work.
+struct Share {
+    const SpliceArgs& args;
+    const SplicePath& path;
+    int part;
+    int parts;
+
+    int64_t begin(int64_t items) const { return first_item(items, part, parts); }
+    int64_t end(int64_t items) const { return first_item(items, part + 1, parts); }
+    void* out(int64_t row, int64_t column) const {
+        return static_cast<char*>(args.out) + (row * args.hidden + column) * size_of(args.out_dtype);
+    }
+};
 
 int64_t id_at(const TokenSegment& segment, int64_t i) {
     return segment.ids_dtype == DType::i64 ? static_cast<const int64_t*>(segment.ids)[i]
                                            : static_cast<const int32_t*>(segment.ids)[i];
 }
 
-void write_segment(const TokenSegment& segment, const SpliceArgs& args, int threads, const SplicePath& path) {
-    const EmbeddingTable& table = args.table;
-    const int parts = worthwhile_parts(threads, segment.count, segment.count * args.hidden);
-    for_parts(parts, segment.count, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t id = id_at(segment, i);
-            const float scale = table.scales == nullptr ? 1.0f : table.scales[id];
-            path.widen(table.rows.at(id, 0), table.rows.dtype, args.hidden, scale,
-                       args.out + (segment.row + i) * args.hidden);
-        }
-    });
+void write_token(const Share& share, int64_t id, int64_t row) {
+    const EmbeddingTable& table = share.args.table;
+    const DType dtype = table.rows.dtype;
+    const int64_t hidden = share.args.hidden;
+    const float scale = table.scales == nullptr ? 1.0f : table.scales[id];
+    if (dtype == share.args.out_dtype) {
+        std::memcpy(share.out(row, 0), table.rows.at(id, 0), static_cast<size_t>(hidden * size_of(dtype)));
+        return;
+    }
+    if (share.args.out_dtype == DType::f32) {
+        share.path.widen(table.rows.at(id, 0), dtype, hidden, scale, static_cast<float*>(share.out(row, 0)));
+        return;
+    }
+    float* values = workspace().rows;
+    for (int64_t first = 0; first < hidden; first += kWordStride) {
+        const int64_t count = std::min(kWordStride, hidden - first);
+        share.path.widen(table.rows.at(id, first), dtype, count, scale, values);
+        share.path.narrow(values, count, static_cast<uint16_t*>(share.out(row, first)));
+    }
 }
 
-// Normalises before the product, not after: rstd * (W x - mean * rowsum(W)) cancels where the mean is large. Two passes
-// in double for the same reason; they are 1/1000 of the product's work.
-void normalise(float* row, int64_t width, double eps) {
-    double sum = 0;
-    for (int64_t i = 0; i < width; ++i) sum += row[i];
-    const double mean = sum / static_cast<double>(width);
-    double squares = 0;
-    for (int64_t i = 0; i < width; ++i) squares += (row[i] - mean) * (row[i] - mean);
-    const double rstd = 1.0 / std::sqrt(squares / static_cast<double>(width) + eps);
-    for (int64_t i = 0; i < width; ++i) row[i] = static_cast<float>((row[i] - mean) * rstd);
+void write_segment(const Share& share, const TokenSegment& segment) {
+    for (int64_t i = share.begin(segment.count); i < share.end(segment.count); ++i) {
+        write_token(share, id_at(segment, i), segment.row + i);
+    }
 }
 
-// The feature rows as float32, normalised, zero-padded to whole tiles in both directions.
-struct PreparedRows {
-    int64_t stride = 0;
-    std::vector<float> values;
+// The sizes that a feature segment is worked on in.
+struct Blocking {
+    const TileShape& shape;
+    int64_t words;        // per row, padded as the path wants it
+    int64_t panel_words;  // with room for the whole vectors that packing writes
+    int64_t block_rows;   // feature rows whose panels fit the workspace
 };
 
-PreparedRows prepare(const FeatureSegment& segment, int threads, const SplicePath& path) {
+Blocking blocking_of(const SplicePath& path, const Matrix& features) {
+    // The wide shape, unless it would leave more lanes empty.
+    const auto lanes_for = [&](const TileShape& shape) { return round_up(features.rows, shape.lanes); };
+    const TileShape& shape = path.shapes[lanes_for(path.shapes[0]) > lanes_for(path.shapes[1]) ? 1 : 0];
+    const int64_t words = round_up((features.columns + path.values - 1) / path.values, path.words_step);
+    const int64_t panel_words = round_up(words, kMaxGroup) * shape.lanes;
+    return {shape, words, panel_words, kPanelWords / panel_words * shape.lanes};
+}
+
+void pack_features(const SplicePath& path, const FeatureSegment& segment, const Blocking& blocking, int64_t first,
+                   int64_t count, Workspace& memory) {
     const Matrix& features = segment.features;
-    PreparedRows rows;
-    rows.stride = round_up(features.columns, kWidthStep);
-    rows.values.resize(static_cast<size_t>(round_up(features.rows, kTileRows) * rows.stride));
-    constexpr int64_t kOperationsPerValue = 16;  // three passes, two of them bound by the latency of a double addition
-    const int parts = worthwhile_parts(threads, features.rows, features.rows * features.columns * kOperationsPerValue);
-    for_parts(parts, features.rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-            float* row = rows.values.data() + r * rows.stride;
-            path.widen(features.at(r, 0), features.dtype, features.columns, 1.0f, row);
-            if (segment.layer_norm_eps) normalise(row, features.columns, *segment.layer_norm_eps);
-        }
-    });
-    return rows;
-}
-
-// Where one block of the weight matrix lies.
-struct BlockPosition {
-    int64_t column;  // first output column, that is, first row of the weight matrix
-    int64_t columns;
-    int64_t k;      // first input column
-    int64_t width;  // a multiple of kWidthStep, reaching into the padding in the last block
-};
-
-void load_block(const Matrix& weight, const BlockPosition& at, const SplicePath& path, float* block) {
-    const int64_t valid = std::min(at.width, weight.columns - at.k);
-    for (int64_t c = 0; c < round_up(at.columns, kTileColumns); ++c) {
-        float* row = block + c * kBlockWidth;
-        const int64_t filled = c < at.columns ? valid : 0;
-        if (filled > 0) path.widen(weight.at(at.column + c, at.k), weight.dtype, filled, 1.0f, row);
-        std::fill(row + filled, row + at.width, 0.0f);
-    }
-}
-
-void multiply_block(const FeatureSegment& segment, const PreparedRows& rows, const float* block,
-                    const BlockPosition& at, const SplicePath& path, float* out, int64_t hidden) {
-    float tile[kTileRows][kTileColumns];
-    for (int64_t r = 0; r < segment.features.rows; r += kTileRows) {
-        const float* features = rows.values.data() + r * rows.stride + at.k;
-        const int64_t tile_rows = std::min(kTileRows, segment.features.rows - r);
-        for (int64_t c = 0; c < at.columns; c += kTileColumns) {
-            path.dot_tile(features, rows.stride, block + c * kBlockWidth, kBlockWidth, at.width, tile);
-            const int64_t tile_columns = std::min(kTileColumns, at.columns - c);
-            for (int64_t i = 0; i < tile_rows; ++i) {
-                float* target = out + (segment.row + r + i) * hidden + at.column + c;
-                const float* start = at.k == 0 ? segment.bias + at.column + c : target;
-                for (int64_t j = 0; j < tile_columns; ++j) target[j] = start[j] + tile[i][j];
+    for (int64_t row = 0; row < round_up(count, blocking.shape.lanes); row += path.group) {
+        for (int64_t g = 0; g < path.group; ++g) {
+            float* words = memory.rows + g * kWordStride;
+            if (row + g >= count) {
+                std::fill(words, words + blocking.words, 0.0f);
+                continue;
             }
+            path.widen(features.at(first + row + g, 0), features.dtype, features.columns, 1.0f, words);
+            if (segment.layer_norm_eps) path.normalise(words, features.columns, *segment.layer_norm_eps);
+            path.pack_row(words, DType::f32, features.columns, blocking.words, words);
+        }
+        const int64_t lanes = blocking.shape.lanes;
+        float* panel = memory.panels + row / lanes * blocking.panel_words + row % lanes;
+        path.pack_panel(memory.rows, blocking.words, lanes, panel);
+    }
+}
+
+void pack_weights(const SplicePath& path, const Matrix& weight, const Blocking& blocking, int64_t column,
+                  Workspace& memory) {
+    for (int64_t r = 0; r < blocking.shape.rows; ++r) {
+        float* words = memory.weights + r * kWordStride;
+        if (column + r < weight.rows) {
+            path.pack_row(weight.at(column + r, 0), weight.dtype, weight.columns, blocking.words, words);
+        } else {
+            std::fill(words, words + blocking.words, 0.0f);
         }
     }
 }
 
-void write_segment(const FeatureSegment& segment, const SpliceArgs& args, int threads, const SplicePath& path) {
-    const int64_t count = segment.features.rows;
+// Threads divide the columns of out, that is, the weights; each packs the features for itself, which takes less than
+// waiting for one another would.
+void write_segment(const Share& share, const FeatureSegment& segment) {
+    const int64_t count = segment.features.rows, hidden = share.args.hidden;
     if (count == 0) return;
-    const PreparedRows rows = prepare(segment, threads, path);
-    // Threads divide the columns, so each weight is read and widened once, by one thread.
-    const int parts = worthwhile_parts(threads, args.hidden, count * args.hidden * segment.features.columns);
-    constexpr int64_t kBlockSize = kBlockColumns * kBlockWidth;
-    std::vector<float> blocks(static_cast<size_t>(parts * kBlockSize));
-    for_parts(parts, args.hidden, [&](int part, int64_t begin, int64_t end) {
-        float* block = blocks.data() + part * kBlockSize;
-        for (int64_t column = begin; column < end; column += kBlockColumns) {
-            for (int64_t k = 0; k < rows.stride; k += kBlockWidth) {
-                const BlockPosition at = {column, std::min(kBlockColumns, end - column), k,
-                                          std::min(kBlockWidth, rows.stride - k)};
-                load_block(segment.weight, at, path, block);
-                multiply_block(segment, rows, block, at, path, args.out, args.hidden);
+    const Blocking blocking = blocking_of(share.path, segment.features);
+    const TileShape& shape = blocking.shape;
+    const int64_t tiles = (hidden + shape.rows - 1) / shape.rows;
+    const int64_t begin = share.begin(tiles) * shape.rows, end = std::min(hidden, share.end(tiles) * shape.rows);
+    if (begin >= end) return;
+    Workspace& memory = workspace();
+    alignas(64) float tile[kMaxTileRows * kMaxLanes] = {};
+    for (int64_t first = 0; first < count; first += blocking.block_rows) {
+        const int64_t block = std::min(blocking.block_rows, count - first);
+        pack_features(share.path, segment, blocking, first, block, memory);
+        for (int64_t column = begin; column < end; column += shape.rows) {
+            pack_weights(share.path, segment.weight, blocking, column, memory);
+            for (int64_t row = 0; row < block; row += shape.lanes) {
+                const float* panel = memory.panels + row / shape.lanes * blocking.panel_words;
+                shape.multiply(panel, memory.weights, blocking.words, tile);
+                shape.finish(tile, {share.out(segment.row + first + row, column), share.args.out_dtype, hidden,
+                                    segment.bias + column, std::min(shape.lanes, block - row),
+                                    std::min(shape.rows, end - column)});
             }
         }
-    });
+    }
+}
+
+// Multiplications, or about as much work.
+int64_t operations(const SpliceArgs& args) {
+    constexpr int64_t kPerCopiedValue = 8;  // bound by memory, not by arithmetic
+    int64_t sum = 0;
+    for (const Segment& segment : args.segments) {
+        if (const auto* tokens = std::get_if<TokenSegment>(&segment)) {
+            sum += tokens->count * args.hidden * kPerCopiedValue;
+        } else {
+            const Matrix& features = std::get<FeatureSegment>(segment).features;
+            sum += features.rows * features.columns * args.hidden;
+        }
+    }
+    return sum;
 }
 
 }  // namespace
 
-void splice(const SpliceArgs& args, int threads, std::string_view path_name) {
+void splice(const SpliceArgs& args, const SpliceOptions& options) {
     constexpr int kMaxThreads = 1024;
-    if (threads < 1 || threads > kMaxThreads) {
-        throw ArgumentError("threads", std::to_string(threads), "1 to " + std::to_string(kMaxThreads));
+    if (options.threads < 1 || options.threads > kMaxThreads) {
+        throw ArgumentError("threads", std::to_string(options.threads), "1 to " + std::to_string(kMaxThreads));
     }
-    const SplicePath& path = choose_path(path_name);
+    const SplicePath& path = choose_path(options);
     check_splice(args);
-    for (const Segment& segment : args.segments) {
-        std::visit([&](const auto& typed) { write_segment(typed, args, threads, path); }, segment);
-    }
+    const int parts = worthwhile_parts(options.threads, args.hidden, operations(args));
+    std::atomic<bool> out_of_memory{false};  // a part may not throw: it may run in a thread that nobody watches
+    for_parts(parts, [&](int part) {
+        try {
+            const Share share{args, path, part, parts};
+            for (const Segment& segment : args.segments) {
+                std::visit([&](const auto& typed) { write_segment(share, typed); }, segment);
+            }
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    });
+    if (out_of_memory) throw std::bad_alloc();
 }
 
-std::vector<std::string> splice_paths() {
-    std::vector<std::string> names;
-    for (const SplicePath* path : available_paths()) names.emplace_back(path->name);
+std::vector<SplicePathInfo> splice_paths() {
+    std::vector<SplicePathInfo> names;
+    for (const SplicePath* path : paths()) names.push_back({path->name, path->operands_16bit});
     return names;
 }
 

@@ -1,83 +1,62 @@
 // splice with AVX2, FMA and F16C.
 #include <immintrin.h>
 
-#include "splice/splice_path.h"
+#include "splice/splice_kernel.h"
 
 namespace biomedgpt {
 namespace {
 
-constexpr int64_t kLanes = 8;
-static_assert(kWidthStep % kLanes == 0);
+struct Avx2 {
+    using Vec = __m256;
+    static constexpr int64_t kLanes = 8;
 
-void widen_f32(const float* source, int64_t count, float scale, float* destination) {
-    const __m256 factor = _mm256_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        _mm256_storeu_ps(destination + i, _mm256_mul_ps(_mm256_loadu_ps(source + i), factor));
+    static Vec zero() { return _mm256_setzero_ps(); }
+    static Vec load(const float* from) { return _mm256_loadu_ps(from); }
+    static Vec broadcast(const float* from) { return _mm256_broadcast_ss(from); }
+    static void store(float* to, Vec a) { _mm256_storeu_ps(to, a); }
+    static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+    static Vec scale(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+    static Vec multiply_add(Vec sum, Vec panel, Vec weight) { return _mm256_fmadd_ps(panel, weight, sum); }
+    static Vec widen_half(const uint16_t* from) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
-    for (; i < count; ++i) destination[i] = source[i] * scale;
-}
-
-void widen_f16(const uint16_t* source, int64_t count, float scale, float* destination) {
-    const __m256 factor = _mm256_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
-        _mm256_storeu_ps(destination + i, _mm256_mul_ps(_mm256_cvtph_ps(halves), factor));
+    static Vec widen_byte(const int8_t* from) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
     }
-    for (; i < count; ++i) destination[i] = _cvtsh_ss(source[i]) * scale;
-}
-
-void widen_i8(const int8_t* source, int64_t count, float scale, float* destination) {
-    const __m256 factor = _mm256_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source + i));
-        const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-        _mm256_storeu_ps(destination + i, _mm256_mul_ps(values, factor));
+    static void store_half(uint16_t* to, Vec a) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
     }
-    for (; i < count; ++i) destination[i] = static_cast<float>(source[i]) * scale;
-}
-
-void widen(const void* source, DType dtype, int64_t count, float scale, float* destination) {
-    if (dtype == DType::f32) {
-        widen_f32(static_cast<const float*>(source), count, scale, destination);
-    } else if (dtype == DType::f16) {
-        widen_f16(static_cast<const uint16_t*>(source), count, scale, destination);
-    } else {
-        widen_i8(static_cast<const int8_t*>(source), count, scale, destination);
+    static __m256i first(int64_t count) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
     }
-}
+    static Vec load_some(const float* from, int64_t count) { return _mm256_maskload_ps(from, first(count)); }
+    static void store_some(float* to, Vec a, int64_t count) { _mm256_maskstore_ps(to, first(count), a); }
+    static void store_half_some(uint16_t* to, Vec a, int64_t count) { store_half_some_of<Avx2>(to, a, count); }
 
-float sum_lanes(__m256 lanes) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-void dot_tile(const float* features, int64_t feature_stride, const float* weight, int64_t weight_stride, int64_t width,
-              float (*tile)[kTileColumns]) {
-    // 12 independent sums hide the latency of FMA (4 cycles, two per cycle: 8 in flight), and each of the 7 loads of a
-    // step feeds 3 or 4 of them, which is below the two loads per cycle that L1 delivers.
-    __m256 sums[kTileRows][kTileColumns];
-    for (auto& row : sums) {
-        for (__m256& sum : row) sum = _mm256_setzero_ps();
-    }
-    for (int64_t k = 0; k < width; k += kLanes) {
-        __m256 columns[kTileColumns];
-        for (int64_t c = 0; c < kTileColumns; ++c) columns[c] = _mm256_loadu_ps(weight + c * weight_stride + k);
-        for (int64_t r = 0; r < kTileRows; ++r) {
-            const __m256 row = _mm256_loadu_ps(features + r * feature_stride + k);
-            for (int64_t c = 0; c < kTileColumns; ++c) sums[r][c] = _mm256_fmadd_ps(row, columns[c], sums[r][c]);
+    static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+        __m256 rows[8], pairs[8];
+        for (int i = 0; i < 8; ++i) rows[i] = load(from + i * stride);
+        for (int i = 0; i < 8; i += 2) {
+            pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {  // columns of four rows, in each half of the registers
+            rows[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+            rows[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+            rows[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+            rows[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+        }
+        for (int i = 0; i < 4; ++i) {
+            store(to + i * to_stride, _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20));
+            store(to + (i + 4) * to_stride, _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
         }
     }
-    for (int64_t r = 0; r < kTileRows; ++r) {
-        for (int64_t c = 0; c < kTileColumns; ++c) tile[r][c] = sum_lanes(sums[r][c]);
-    }
-}
+};
 
 }  // namespace
 
-const SplicePath kSpliceAvx2 = {"avx2", widen, dot_tile};
+// Twelve sums hide the latency of FMA (4 cycles, two per cycle), and leave room for their operands in 16 registers.
+extern const SplicePath kSpliceAvx2 = path_of_floats<Avx2, 6, 12>("avx2");
 
 }  // namespace biomedgpt

@@ -7,10 +7,18 @@ struct CUstream_st;  // what cudaStream_t points to; spares users of this header
 
 namespace biomedgpt {
 
-// Checks as splice() does, then queues the work on `stream` of the current device and returns without waiting for it.
+// Checks as splice() does, then queues one copy and one kernel on `stream` of the current device (compute
+// capability 7.5 or later) and returns without waiting for the kernel; the copy may wait for what the stream was given
+// before.
+//
 // Every pointer is to device memory, except token ids: those come from a tokenizer on the host, and staying there they
-// can be checked before anything is written. Buffers other than ids must live until the stream has passed this call.
+// can be checked before anything is written. Ids may be freed on return, the other buffers once the stream has passed
+// this call. The stream must not be under capture.
+//
+// `allow_16bit` as in SpliceOptions; it matters to segments with float16 weights, which are then multiplied by tensor
+// cores. Their features are rounded to 11 significant bits, after a scaling per row that rules out an overflow.
+//
 // Throws ArgumentError, or DeviceError where a CUDA call fails.
-void splice_cuda(const SpliceArgs& args, CUstream_st* stream);
+void splice_cuda(const SpliceArgs& args, bool allow_16bit, CUstream_st* stream);
 
 }  // namespace biomedgpt

@@ -1,6 +1,12 @@
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "common/cuda_device.h"
@@ -29,15 +35,73 @@ TEST(matrix_description) {
     CHECK(describe({nullptr, DType::i8, 3, 4, 9}) == "int8 [3, 4] with row stride 9");
 }
 
-TEST(parts_cover_the_range_once) {
-    for (int parts : {1, 2, 3, 7}) {
-        std::vector<std::atomic<int>> visits(20);
-        for_parts(parts, 20, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) ++visits[static_cast<size_t>(i)];
-        });
-        for (const auto& count : visits) CHECK(count == 1);
+TEST(halves_survive_a_round_trip) {
+    for (uint32_t half = 0; half < 0x10000; ++half) {
+        const bool nan = (half & 0x7fffu) > 0x7c00u;
+        const uint16_t back = float_to_half(half_to_float(static_cast<uint16_t>(half)));
+        CHECK(nan ? (back & 0x7fffu) > 0x7c00u : back == half);
     }
 }
+
+TEST(floats_are_rounded_to_the_nearest_half_and_ties_to_even) {
+    for (uint16_t half = 0; half < 0x7bff; ++half) {
+        const float low = half_to_float(half), high = half_to_float(static_cast<uint16_t>(half + 1));
+        const float middle = low + (high - low) / 2;
+        const auto even = static_cast<uint16_t>(half + (half & 1));
+        CHECK(float_to_half(middle) == even);
+        CHECK(float_to_half(std::nextafter(middle, low)) == half);
+        CHECK(float_to_half(-std::nextafter(middle, high)) == ((half + 1) | 0x8000));
+    }
+    CHECK(float_to_half(65519.996f) == 0x7bff);
+    CHECK(float_to_half(65520.0f) == 0x7c00);
+    CHECK(float_to_half(-1e30f) == 0xfc00);
+}
+
+TEST(each_part_runs_once) {
+    for (int parts : {1, 2, 3, 7, 2, 5}) {
+        std::vector<std::atomic<int>> visits(7);
+        for_parts(parts, [&](int part) { ++visits[static_cast<size_t>(part)]; });
+        for (int part = 0; part < 7; ++part) CHECK(visits[static_cast<size_t>(part)] == (part < parts ? 1 : 0));
+    }
+}
+
+TEST(items_are_divided_without_gaps) {
+    for (int parts : {1, 2, 3, 7}) {
+        CHECK(first_item(20, 0, parts) == 0);
+        CHECK(first_item(20, parts, parts) == 20);
+        for (int part = 0; part < parts; ++part) CHECK(first_item(20, part, parts) <= first_item(20, part + 1, parts));
+    }
+}
+
+TEST(several_threads_may_use_the_pool_at_once) {
+    std::atomic<int> sum{0};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 4; ++caller) {
+        callers.emplace_back([&] {
+            for (int round = 0; round < 200; ++round) for_parts(3, [&](int part) { sum += part; });
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    CHECK(sum == 4 * 200 * 3);
+}
+
+#if !defined(__SANITIZE_THREAD__)  // which does not follow a fork into a child with threads
+TEST(a_forked_child_has_threads_of_its_own) {
+    if (std::getenv("EMULATED") != nullptr) {
+        std::printf("skipped: a_forked_child_has_threads_of_its_own (qemu-user cannot fork a process with threads)\n");
+        return;
+    }
+    for_parts(3, [](int) {});
+    const pid_t child = fork();
+    if (child == 0) {
+        std::atomic<int> visits{0};
+        for_parts(3, [&](int) { ++visits; });
+        _exit(visits == 3 ? 0 : 1);
+    }
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+#endif
 
 TEST(small_work_stays_on_one_thread) {
     CHECK(worthwhile_parts(8, 100, 1000) == 1);

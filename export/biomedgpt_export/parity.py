@@ -112,7 +112,7 @@ def measure(
 def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     decoder = OnnxDecoder(bundle, threads=threads)
-    engine = Engine(bundle, decoder, threads=threads)
+    engine = Engine(bundle, decoder, threads=threads, allow_16bit=False)
     for name, prompt in _prompts(engine).items():
         report(f"parity with the source modules: {name}")
         exported = _exported_logits(decoder, prompt.embeddings)
@@ -128,7 +128,7 @@ def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[st
 def _loss(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     decoder = OnnxDecoder(bundle, threads=threads)
-    engine = Engine(bundle, decoder, threads=threads)
+    engine = Engine(bundle, decoder, threads=threads, allow_16bit=False)
     for name, prompt in _prompts(engine).items():
         report(f"loss against the unquantized source: {name}")
         exported = _exported_logits(decoder, prompt.embeddings)

@@ -92,6 +92,7 @@ class Encoders:
                 self._molecule = open_session(
                     self._bundle.file(spec.graph),
                     threads=self._threads,
+                    spinning=False,  # the projection comes next, with threads of its own
                     inputs={
                         "atom_type": ("tensor(int64)", [None]),
                         "chirality": ("tensor(int64)", [None]),
@@ -109,6 +110,7 @@ class Encoders:
                 self._protein = open_session(
                     self._bundle.file(spec.graph),
                     threads=self._threads,
+                    spinning=False,  # the projection comes next, with threads of its own
                     inputs={"residue_ids": ("tensor(int64)", [1, None])},
                     outputs={"residue_features": ("tensor(float)", [1, None, spec.width])},
                 )

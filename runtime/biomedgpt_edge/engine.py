@@ -157,8 +157,10 @@ class AnswerStream:
 class Engine:
     """A bundle, loaded: :meth:`ask`, :meth:`stream`, :meth:`chat`. Make one with :meth:`load`; a context manager."""
 
-    def __init__(self, bundle: Bundle, decoder: Decoder, *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, decoder: Decoder, *, threads: int, allow_16bit: bool | None = None) -> None:
         self.bundle = bundle
+        # Bundles that store 16 or 4 bits have nothing to lose by 16-bit operands; a fp32 one stays what was exported.
+        self._allow_16bit = bundle.manifest.precision != "fp32" if allow_16bit is None else allow_16bit
         self._decoder: Decoder | None = decoder
         self._encoders = Encoders(bundle, threads=threads)
         self._threads = threads
@@ -170,6 +172,7 @@ class Engine:
         *,
         threads: int | None = None,
         verify: Literal["once", "full", "sizes"] = "once",
+        allow_16bit: bool | None = None,
     ) -> Engine:
         """Opens a bundle and loads its decoder; encoders open when they are first needed.
 
@@ -178,6 +181,9 @@ class Engine:
             threads: processor threads to use; left out, as many as this process may run on.
             verify: "once" hashes every file the first time and again when one was replaced, "full" always, "sizes"
                 never (manifest, sizes and headers are checked in any case).
+            allow_16bit: whether features and weights may be rounded to bfloat16 where they are projected, which is
+                faster on processors with instructions for it; left out, in bundles that store 16 or 4 bits, and not in
+                fp32 ones.
 
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
@@ -193,7 +199,7 @@ class Engine:
             bundle.verify()
         elif verify == "once":
             verify_once(bundle)
-        return cls(bundle, OnnxDecoder(bundle, threads=count), threads=count)
+        return cls(bundle, OnnxDecoder(bundle, threads=count), threads=count, allow_16bit=allow_16bit)
 
     def ask(self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]) -> Answer:
         """Answers one question about molecules and proteins, or about none.
@@ -277,7 +283,7 @@ class Engine:
         parts = [self._part(segment) for segment in prompt.segments]
         timings.encode = time.perf_counter() - clock
         clock = time.perf_counter()
-        embeddings = splice(parts, self.bundle.embeddings, threads=self._threads)
+        embeddings = splice(parts, self.bundle.embeddings, threads=self._threads, allow_16bit=self._allow_16bit)
         timings.splice = time.perf_counter() - clock
         timings.prepare = time.perf_counter() - started
         return PreparedPrompt(prompt.segments, prompt.token_ids, embeddings, prompt.text, prompt.notes, timings)

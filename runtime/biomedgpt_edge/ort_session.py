@@ -54,8 +54,13 @@ def _failure(what: str, error: Exception) -> BioMedGPTError:
     return BundleCorruptError(f"ONNX Runtime {ort.__version__} cannot {what}: {reason}.", remedy=_REMEDY)
 
 
-def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signature) -> ort.InferenceSession:
+def open_session(
+    path: Path, *, threads: int, inputs: Signature, outputs: Signature, spinning: bool = True
+) -> ort.InferenceSession:
     """Opens the graph at ``path`` on the CPU and compares its signature with what the manifest implies.
+
+    After a run, a session's threads keep their processors busy for a while, waiting for the next one: good for tokens
+    that follow one another. Without ``spinning`` they sleep at once and leave the processors to whoever is next.
 
     Raises:
         PlatformError: this machine gave no memory for it.
@@ -65,6 +70,8 @@ def open_session(path: Path, *, threads: int, inputs: Signature, outputs: Signat
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_FATAL_AND_ERRORS
+    if not spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     # A file called .ort would be read in ONNX Runtime's own format, which onnx_header has not checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:

@@ -1,6 +1,8 @@
 """Text embeddings and encoder features, written into one prompt buffer by the native kernel.
 
-Nothing here copies or casts an array: weights may be read-only memory maps, and what does not fit is an error.
+Nothing here copies or casts an array: weights may be read-only memory maps, and what does not fit is an error. Wherever
+an array is expected, any object with the buffer protocol will do, and any with DLPack whose memory is the CPU's (a
+tensor of PyTorch, say).
 """
 
 from __future__ import annotations
@@ -91,20 +93,24 @@ def splice(
     table: EmbeddingTable,
     *,
     threads: int,
-    out: npt.NDArray[np.float32] | None = None,
+    out: Array | None = None,
     path: str = "auto",
-) -> npt.NDArray[np.float32]:
+    allow_16bit: bool = False,
+) -> Array:
     """Builds the prompt embeddings of ``parts``, laid one after another.
 
     Args:
         parts: what the prompt is made of, in order. Parts of length zero are allowed.
         table: the decoder's token embeddings.
         threads: upper bound of the threads used, at least 1. The result does not depend on it, bit for bit.
-        out: buffer to fill, [sum of the parts' lengths, hidden] float32, contiguous; allocated when None.
-        path: instruction-set path, "auto" or one of ``_native.splice_paths()``.
+        out: buffer to fill, [sum of the parts' lengths, hidden] float32 or float16, contiguous; when None, one
+            of float32 is allocated.
+        path: instruction-set path, "auto" or one of ``_native.splice_paths()`` that ``allow_16bit`` permits.
+        allow_16bit: whether features and weights may be rounded to bfloat16 for their product, where the processor has
+            instructions for that; sums stay float32.
 
     Returns:
-        ``out``, [sum of the parts' lengths, hidden] float32. A NaN in a feature row makes that row NaN, and no other.
+        ``out``. A NaN in a feature row makes that row NaN, and no other.
 
     Raises:
         KernelArgumentError: an array has the wrong shape, dtype or layout, an id is outside the vocabulary, or the
@@ -125,5 +131,5 @@ def splice(
         if table.rows.ndim != 2:
             raise KernelArgumentError(f"table: got {table.rows.ndim} dimensions, expected 2.", seen=table.rows.shape)
         out = np.empty((row, table.hidden), dtype=np.float32)
-    _native.splice(out, table.rows, table.scales, segments, threads, path)
+    _native.splice(out, table.rows, table.scales, segments, threads, path, allow_16bit)
     return out

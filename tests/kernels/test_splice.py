@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biomedgpt_edge import _native
+from biomedgpt_edge.errors import KernelArgumentError
 from biomedgpt_edge.splice import EmbeddingTable, FeaturePart, Projection, TokenPart, splice
 
 PATHS = _native.splice_paths()
-# Terms that one float32 accumulator adds in sequence: half a block of 512 columns over its lanes. An error bound grows
-# with that number and not with the width, since block sums are added to the output one by one.
-TERMS_PER_LANE = {"avx2": 512 // 8, "portable": 512 // 4}
+# Words (of one number, or of two of 16 bits) that are added in sequence, before sums of them are. An error bound grows
+# with that and not with the width.
+WORDS_PER_SUM = 512
 EPSILON = float(np.finfo(np.float32).eps)
+# Half a unit in the last of bfloat16's eight binary digits.
+BFLOAT16_ROUNDING = 2.0**-8
 
 Array = np.ndarray[Any, Any]
 Parts = list[TokenPart | FeaturePart]
@@ -57,9 +60,12 @@ def projected(features: Array, projection: Projection) -> tuple[Array, Array]:
 def assert_projected(actual: Array, features: Array, projection: Projection, path: str) -> None:
     expected, magnitude = projected(features, projection)
     width = features.shape[1]
-    roundings = min(TERMS_PER_LANE[path], width) + width / 512 + 8
+    roundings = min(2 * WORDS_PER_SUM, width) + width / WORDS_PER_SUM + 8
+    allowed = roundings * EPSILON / 2 + (2 * BFLOAT16_ROUNDING if PATHS[path] else 0)
+    if actual.dtype == np.float16:
+        allowed += float(np.finfo(np.float16).eps) / 2
     worst = np.max(np.abs(actual - expected) / (magnitude + 1e-30), initial=0.0)
-    assert worst <= roundings * EPSILON / 2
+    assert worst <= allowed
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -74,6 +80,7 @@ def assert_projected(actual: Array, features: Array, projection: Projection, pat
     dtypes=st.tuples(*[st.sampled_from(["float16", "float32"])] * 2),
     id_dtype=st.sampled_from(["int32", "int64"]),
     eps=st.sampled_from([None, 1e-5, 1e-12]),
+    out_dtype=st.sampled_from(["float16", "float32"]),
 )
 def test_against_float64(
     path: str,
@@ -86,6 +93,7 @@ def test_against_float64(
     dtypes: tuple[str, str],
     id_dtype: str,
     eps: float | None,
+    out_dtype: str,
 ) -> None:
     rng = np.random.default_rng(seed)
     table = random_table(rng, 13, hidden, table_dtype)
@@ -93,10 +101,11 @@ def test_against_float64(
     features = (rng.standard_normal((count, width)) + 1.5).astype(dtypes[0])
     projection = random_projection(rng, hidden, width, dtypes[1], eps)
     parts: Parts = [TokenPart(ids), FeaturePart(features, projection), TokenPart(ids[:2])]
-    out = splice(parts, table, threads=1, path=path)
-    np.testing.assert_array_equal(out[:id_count], embedded(ids, table))
+    out = np.empty((sum(map(len, parts)), hidden), out_dtype)
+    splice(parts, table, threads=1, path=path, allow_16bit=True, out=out)
+    np.testing.assert_array_equal(out[:id_count], embedded(ids, table).astype(out_dtype))
     assert_projected(out[id_count : id_count + count], features, projection, path)
-    np.testing.assert_array_equal(out[id_count + count :], embedded(ids[:2], table))
+    np.testing.assert_array_equal(out[id_count + count :], embedded(ids[:2], table).astype(out_dtype))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -108,9 +117,9 @@ def test_thread_counts_give_the_same_bits(path: str, eps: float | None) -> None:
     ids = rng.integers(0, 500, 13000)
     features = rng.standard_normal((37, 2560)).astype(np.float32)
     parts: Parts = [TokenPart(ids), FeaturePart(features, random_projection(rng, 1021, 2560, "float16", eps))]
-    first = splice(parts, table, threads=1, path=path)
+    first = splice(parts, table, threads=1, path=path, allow_16bit=True)
     for threads in (2, 3):
-        np.testing.assert_array_equal(splice(parts, table, threads=threads, path=path), first)
+        np.testing.assert_array_equal(splice(parts, table, threads=threads, path=path, allow_16bit=True), first)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -119,7 +128,9 @@ def test_norm_survives_a_large_mean(path: str) -> None:
     rng = np.random.default_rng(6)
     features = (rng.standard_normal((3, 640)) + 1000).astype(np.float32)
     projection = random_projection(rng, 24, 640, eps=1e-5)
-    out = splice([FeaturePart(features, projection)], random_table(rng, 1, 24, "float32"), threads=1, path=path)
+    out = splice(
+        [FeaturePart(features, projection)], random_table(rng, 1, 24, "float32"), threads=1, path=path, allow_16bit=True
+    )
     assert_projected(out, features, projection, path)
 
 
@@ -130,15 +141,30 @@ def test_nan_reaches_its_own_row_only(path: str, eps: float | None) -> None:
     features = rng.standard_normal((6, 301)).astype(np.float32)
     features[2, 300] = np.nan
     part = FeaturePart(features, random_projection(rng, 50, 301, eps=eps))
-    out = splice([part], random_table(rng, 1, 50, "float32"), threads=1, path=path)
+    out = splice([part], random_table(rng, 1, 50, "float32"), threads=1, path=path, allow_16bit=True)
     np.testing.assert_array_equal(np.isnan(out), np.arange(6)[:, None].repeat(50, axis=1) == 2)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_half_value_is_widened_exactly(path: str) -> None:
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, -1)
-    out = splice([TokenPart(np.zeros(1, np.int64))], EmbeddingTable(halves), threads=1, path=path)
+    out = splice([TokenPart(np.zeros(1, np.int64))], EmbeddingTable(halves), threads=1, path=path, allow_16bit=True)
     np.testing.assert_array_equal(out, halves.astype(np.float32))
+
+
+def test_operands_are_rounded_only_where_that_is_allowed() -> None:
+    rng = np.random.default_rng(12)
+    features = rng.standard_normal((40, 300)).astype(np.float32)
+    part = FeaturePart(features, random_projection(rng, 64, 300, "float16"))
+    table = random_table(rng, 1, 64, "float32")
+    exact = next(path for path, rounds in PATHS.items() if not rounds)
+    np.testing.assert_array_equal(splice([part], table, threads=1), splice([part], table, threads=1, path=exact))
+    best = splice([part], table, threads=1, path=next(iter(PATHS)), allow_16bit=True)
+    np.testing.assert_array_equal(splice([part], table, threads=1, allow_16bit=True), best)
+    for path, rounds in PATHS.items():
+        if rounds:
+            with pytest.raises(KernelArgumentError, match="without 16-bit operands"):
+                splice([part], table, threads=1, path=path)
 
 
 def test_strided_features_equal_their_copy() -> None:
@@ -156,7 +182,7 @@ def test_one_column_may_be_cut_out_of_a_wider_array() -> None:
     column = rng.standard_normal((5, 4)).astype(np.float32)[:, 1:2]
     projection = random_projection(rng, 3, 1)
     out = splice([FeaturePart(column, projection)], random_table(rng, 1, 3, "float32"), threads=1)
-    assert_projected(out, column, projection, PATHS[0])
+    assert_projected(out, column, projection, "portable")
 
 
 def test_read_only_memory_maps_are_read_in_place(tmp_path: Path) -> None:

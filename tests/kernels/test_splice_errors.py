@@ -60,7 +60,7 @@ def test_the_valid_call_is_valid() -> None:
     ("group", "key", "value", "named"),
     [
         ("table", None, [[1.0]], "table: got list"),
-        ("table", None, zeros(HIDDEN), "table: got float32 [6], expected 2 dimensions"),
+        ("table", None, zeros(HIDDEN), "table: got float32 [6], expected float32, float16 or int8 [vocab, hidden]"),
         ("table", None, zeros(VOCAB, HIDDEN, dtype=np.float64), "table: got float64"),
         ("table", None, zeros(VOCAB, HIDDEN, dtype=">f4"), "table: got >f4"),
         ("table", None, zeros(VOCAB, HIDDEN, dtype=np.int32), "table: got int32"),
@@ -126,11 +126,11 @@ def test_the_argument_is_named(group: str, key: str | None, value: Any, named: s
         ([[0.0]], "out: got list"),
         (zeros(HIDDEN), "out: got float32 [6]"),
         (zeros(5, HIDDEN, dtype=np.float64), "out: got float64"),
-        (zeros(5, HIDDEN, dtype=np.float16), "out: got float16"),
+        (zeros(5, HIDDEN, dtype=np.int8), "out: got int8"),
         (zeros(5, HIDDEN * 2)[:, ::2], "out: got float32 [5, 6], not contiguous"),
         (read_only(zeros(5, HIDDEN)), "out: got float32 [5, 6], read-only"),
         (misaligned(zeros(5, HIDDEN)), "out: got misaligned"),
-        (zeros(5, 0), "out: got [5, 0]"),
+        (zeros(5, 0), "out: got float32 [5, 0]"),
         (zeros(6, HIDDEN), "segments: got no segment for rows 5 to 6"),
     ],
 )

@@ -23,6 +23,7 @@ from biomedgpt_edge.errors import (
     PlatformError,
     PromptTooLongError,
 )
+from biomedgpt_edge.splice import splice
 
 ETHANOL = Molecule.from_smiles("CCO")
 
@@ -69,6 +70,20 @@ def test_the_number_of_threads_changes_no_token(tiny_bundle_fp32: Path) -> None:
         with Engine.load(tiny_bundle_fp32, threads=threads) as engine:
             answers.append(engine.ask("Hello", ETHANOL, max_new_tokens=16).token_ids)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+def test_only_what_is_stored_in_few_bits_is_multiplied_in_few_bits(
+    tiny_bundles: Callable[[str], Path], precision: str
+) -> None:
+    inputs = [ETHANOL, Protein.from_sequence("MKVLAAGIC")]
+    with Engine.load(tiny_bundles(precision)) as engine:
+        prepared = engine.prepare("What are these?", *inputs)
+        parts = [engine._part(segment) for segment in prepared.segments]
+        allowed, forbidden = (
+            splice(parts, engine.bundle.embeddings, threads=1, allow_16bit=rounded) for rounded in (True, False)
+        )
+    np.testing.assert_array_equal(prepared.embeddings, forbidden if precision == "fp32" else allowed)
 
 
 def test_no_token_beyond_the_tokenizer_is_ever_chosen(engine: Engine) -> None:

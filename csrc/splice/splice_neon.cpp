@@ -1,0 +1,9 @@
+// splice with NEON, in float32.
+#include "splice/splice_neon.h"
+
+namespace biomedgpt {
+
+// 24 sums, and of the 32 registers two for the panel and some for weights.
+extern const SplicePath kSpliceNeon = path_of_floats<Neon, 12, 24>("neon");
+
+}  // namespace biomedgpt
