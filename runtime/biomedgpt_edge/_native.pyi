@@ -11,14 +11,27 @@ _FeatureSegment: TypeAlias = tuple[str, int, _Array, _Array, _Array, float | Non
 __version__: str
 
 def splice(
-    out: npt.NDArray[np.float32],
+    out: _Array,
     table: _Array,
     table_scales: npt.NDArray[np.float32] | None,
     segments: Sequence[_TokenSegment | _FeatureSegment],
     threads: int = 1,
     path: str = "auto",
+    allow_16bit: bool = False,
 ) -> None: ...
-def splice_paths() -> list[str]: ...
+
+# Tensors with DLPack on one CUDA device, but for token ids, which are host arrays; ``stream`` is a cudaStream_t.
+def splice_cuda(
+    out: Any,
+    table: Any,
+    table_scales: Any,
+    segments: Sequence[_TokenSegment | tuple[str, int, Any, Any, Any, float | None]],
+    stream: int = 0,
+    allow_16bit: bool = False,
+) -> None: ...
+
+# Name -> whether operands of the products are rounded to 16 bits; best first.
+def splice_paths() -> dict[str, bool]: ...
 def cpu_features() -> dict[str, bool]: ...
 def cuda_compiled() -> bool: ...
 def cuda_device_count() -> int: ...
