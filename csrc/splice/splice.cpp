@@ -15,10 +15,14 @@
 namespace biomedgpt {
 namespace {
 
-// Panels that stay in the L2 cache while all weights pass over them: 96 rows of 2560 floats, 192 of bfloat16. Of 2 MiB,
-// half: with two thirds (measured) the weights and results that stream through push them out.
+// Panels that stay in the L2 cache while the other operand passes over them: 96 rows of 2560 floats, 192 of bfloat16.
+// Of 2 MiB, half: with two thirds (measured) what streams through pushes them out.
 constexpr int64_t kPanelWords = 264 * 1024;
-static_assert(kPanelWords >= kWordStride * kMaxLanes, "the widest features must fit");
+// One panel of the widest features must fit, too.
+constexpr int64_t kMaxPanelWords = kWordStride * kMaxLanes;
+static_assert(kMaxPanelWords >= kPanelWords);
+// From this many feature rows on, it pays to pack weights into panels rather than features (measured).
+constexpr int64_t kManyRows = 128;
 
 int64_t round_up(int64_t value, int64_t step) {
     return (value + step - 1) / step * step;
@@ -26,9 +30,9 @@ int64_t round_up(int64_t value, int64_t step) {
 
 // A thread's own memory, of a size that depends on nothing: made in its first call, kept for the later ones.
 struct alignas(64) Workspace {
-    float panels[kPanelWords];
+    float panels[kMaxPanelWords];
     float rows[kMaxGroup * kWordStride];
-    float weights[kMaxTileRows * kWordStride];
+    float broadcast[kMaxTileRows * kWordStride];
 };
 
 Workspace& workspace() {
@@ -146,80 +150,137 @@ void write_segment(const Share& share, const TokenSegment& segment) {
     }
 }
 
-// The sizes that a feature segment is worked on in.
+// The sizes that a product is worked on in.
 struct Blocking {
     const TileShape& shape;
     int64_t words;        // per row, padded as the path wants it
     int64_t panel_words;  // with room for the whole vectors that packing writes
-    int64_t block_rows;   // feature rows whose panels fit the workspace
+    int64_t block_rows;   // rows whose panels stay in the cache
 };
 
-Blocking blocking_of(const SplicePath& path, const Matrix& features) {
-    // The wide shape, unless it would leave more lanes empty.
-    const auto lanes_for = [&](const TileShape& shape) { return round_up(features.rows, shape.lanes); };
-    const TileShape& shape = path.shapes[lanes_for(path.shapes[0]) > lanes_for(path.shapes[1]) ? 1 : 0];
-    const int64_t words = round_up((features.columns + path.values - 1) / path.values, path.words_step);
+// For `rows` to be packed into panels, `columns` wide.
+Blocking blocking_of(const SplicePath& path, int64_t rows, int64_t columns) {
+    const auto time = [rows](const TileShape& shape) { return round_up(rows, shape.lanes) * shape.tenths; };
+    const TileShape& shape =
+        *std::min_element(path.shapes, path.shapes + path.shape_count,
+                          [&](const TileShape& a, const TileShape& b) { return time(a) < time(b); });
+    const int64_t words = round_up((columns + path.values - 1) / path.values, path.words_step);
     const int64_t panel_words = round_up(words, kMaxGroup) * shape.lanes;
-    return {shape, words, panel_words, kPanelWords / panel_words * shape.lanes};
+    return {shape, words, panel_words, std::max<int64_t>(1, kPanelWords / panel_words) * shape.lanes};
 }
 
-void pack_features(const SplicePath& path, const FeatureSegment& segment, const Blocking& blocking, int64_t first,
-                   int64_t count, Workspace& memory) {
-    const Matrix& features = segment.features;
-    for (int64_t row = 0; row < round_up(count, blocking.shape.lanes); row += path.group) {
+// `pack_row(row, words)` writes the words of one of `count` rows.
+template <class PackRow>
+void pack_panels(const SplicePath& path, const Blocking& blocking, int64_t count, Workspace& memory, PackRow pack_row) {
+    const int64_t lanes = blocking.shape.lanes;
+    for (int64_t row = 0; row < round_up(count, lanes); row += path.group) {
         for (int64_t g = 0; g < path.group; ++g) {
             float* words = memory.rows + g * kWordStride;
-            if (row + g >= count) {
+            if (row + g < count) {
+                pack_row(row + g, words);
+            } else {
                 std::fill(words, words + blocking.words, 0.0f);
-                continue;
             }
-            path.widen(features.at(first + row + g, 0), features.dtype, features.columns, 1.0f, words);
-            if (segment.layer_norm_eps) path.normalise(words, features.columns, *segment.layer_norm_eps);
-            path.pack_row(words, DType::f32, features.columns, blocking.words, words);
         }
-        const int64_t lanes = blocking.shape.lanes;
         float* panel = memory.panels + row / lanes * blocking.panel_words + row % lanes;
         path.pack_panel(memory.rows, blocking.words, lanes, panel);
     }
 }
 
-void pack_weights(const SplicePath& path, const Matrix& weight, const Blocking& blocking, int64_t column,
-                  Workspace& memory) {
+// Words of the rows of `matrix` from `first` on, as many as a tile broadcasts; zeros beyond the last one.
+void pack_broadcast(const SplicePath& path, const Blocking& blocking, const Matrix& matrix, int64_t first,
+                    Workspace& memory) {
     for (int64_t r = 0; r < blocking.shape.rows; ++r) {
-        float* words = memory.weights + r * kWordStride;
-        if (column + r < weight.rows) {
-            path.pack_row(weight.at(column + r, 0), weight.dtype, weight.columns, blocking.words, words);
+        float* words = memory.broadcast + r * kWordStride;
+        if (first + r < matrix.rows) {
+            path.pack_row(matrix.at(first + r, 0), matrix.dtype, matrix.columns, blocking.words, words);
         } else {
             std::fill(words, words + blocking.words, 0.0f);
         }
     }
 }
 
-// Threads divide the columns of out, that is, the weights; each packs the features for itself, which takes less than
-// waiting for one another would.
-void write_segment(const Share& share, const FeatureSegment& segment) {
-    const int64_t count = segment.features.rows, hidden = share.args.hidden;
-    if (count == 0) return;
-    const Blocking blocking = blocking_of(share.path, segment.features);
+using Tile = float[kMaxTileRows * kMaxLanes];
+
+// For few feature rows: those are packed into panels, and weights pass over them, which are read once from memory as
+// they lie there. Threads divide the columns of out, that is, the weights; each packs the features for itself, which
+// takes less than waiting for one another would.
+void write_few_rows(const Share& share, const FeatureSegment& segment) {
+    const SplicePath& path = share.path;
+    const Matrix& features = segment.features;
+    const int64_t hidden = share.args.hidden;
+    const Blocking blocking = blocking_of(path, features.rows, features.columns);
     const TileShape& shape = blocking.shape;
     const int64_t tiles = (hidden + shape.rows - 1) / shape.rows;
     const int64_t begin = share.begin(tiles) * shape.rows, end = std::min(hidden, share.end(tiles) * shape.rows);
     if (begin >= end) return;
     Workspace& memory = workspace();
-    alignas(64) float tile[kMaxTileRows * kMaxLanes] = {};
-    for (int64_t first = 0; first < count; first += blocking.block_rows) {
-        const int64_t block = std::min(blocking.block_rows, count - first);
-        pack_features(share.path, segment, blocking, first, block, memory);
+    alignas(64) Tile tile = {};
+    for (int64_t first = 0; first < features.rows; first += blocking.block_rows) {
+        const int64_t block = std::min(blocking.block_rows, features.rows - first);
+        pack_panels(path, blocking, block, memory, [&](int64_t row, float* words) {
+            path.widen(features.at(first + row, 0), features.dtype, features.columns, 1.0f, words);
+            if (segment.layer_norm_eps) path.normalise(words, features.columns, *segment.layer_norm_eps);
+            path.pack_row(words, DType::f32, features.columns, blocking.words, words);
+        });
         for (int64_t column = begin; column < end; column += shape.rows) {
-            pack_weights(share.path, segment.weight, blocking, column, memory);
+            pack_broadcast(path, blocking, segment.weight, column, memory);
             for (int64_t row = 0; row < block; row += shape.lanes) {
                 const float* panel = memory.panels + row / shape.lanes * blocking.panel_words;
-                shape.multiply(panel, memory.weights, blocking.words, tile);
-                shape.finish(tile, {share.out(segment.row + first + row, column), share.args.out_dtype, hidden,
-                                    segment.bias + column, std::min(shape.lanes, block - row),
-                                    std::min(shape.rows, end - column)});
+                shape.multiply(panel, memory.broadcast, blocking.words, tile);
+                shape.write_transposed(tile, {share.out(segment.row + first + row, column), share.args.out_dtype,
+                                              hidden, segment.bias + column, std::min(shape.lanes, block - row),
+                                              std::min(shape.rows, end - column)});
             }
         }
+    }
+}
+
+// Whether feature rows can be broadcast from where they lie: as they would have to be copied for every block of weights
+// otherwise, there is nothing to be gained then.
+bool worth_packing_weights(const SplicePath& path, const FeatureSegment& segment) {
+    return segment.features.rows >= kManyRows && path.values == 1 && segment.features.dtype == DType::f32 &&
+           !segment.layer_norm_eps;
+}
+
+// For many feature rows: weights are packed into panels, each once, and features pass over them.
+void write_many_rows(const Share& share, const FeatureSegment& segment) {
+    const SplicePath& path = share.path;
+    const Matrix &features = segment.features, &weight = segment.weight;
+    const int64_t hidden = share.args.hidden;
+    const Blocking blocking = blocking_of(path, hidden, features.columns);
+    const TileShape& shape = blocking.shape;
+    const int64_t panels = (hidden + shape.lanes - 1) / shape.lanes;
+    const int64_t begin = share.begin(panels) * shape.lanes, end = std::min(hidden, share.end(panels) * shape.lanes);
+    if (begin >= end) return;
+    Workspace& memory = workspace();
+    alignas(64) Tile tile = {};
+    for (int64_t first = begin; first < end; first += blocking.block_rows) {
+        const int64_t block = std::min(blocking.block_rows, end - first);
+        pack_panels(path, blocking, block, memory, [&](int64_t row, float* words) {
+            path.pack_row(weight.at(first + row, 0), weight.dtype, weight.columns, blocking.words, words);
+        });
+        for (int64_t row = 0; row < features.rows; row += shape.rows) {
+            const bool whole = row + shape.rows <= features.rows;
+            if (!whole) pack_broadcast(path, blocking, features, row, memory);
+            const auto* broadcast = whole ? static_cast<const float*>(features.at(row, 0)) : memory.broadcast;
+            const int64_t stride = whole ? features.row_stride : kWordStride;
+            for (int64_t column = 0; column < block; column += shape.lanes) {
+                const float* panel = memory.panels + column / shape.lanes * blocking.panel_words;
+                shape.multiply_strided(panel, broadcast, stride, blocking.words, tile);
+                shape.write(tile, {share.out(segment.row + row, first + column), share.args.out_dtype, hidden,
+                                   segment.bias + first + column, std::min(shape.rows, features.rows - row),
+                                   std::min(shape.lanes, block - column)});
+            }
+        }
+    }
+}
+
+void write_segment(const Share& share, const FeatureSegment& segment) {
+    if (worth_packing_weights(share.path, segment)) {
+        write_many_rows(share, segment);
+    } else if (segment.features.rows > 0) {
+        write_few_rows(share, segment);
     }
 }
 

@@ -24,10 +24,10 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// Tiles 0 to 3 are sums, 4 and 5 weights (their rows as they lie), 6 and 7 features (panels have the layout that the
-// instruction wants: pairs of numbers, one feature row after another).
+// Tiles 0 to 3 are sums, 4 and 5 rows that are broadcast, as they lie, 6 and 7 panels, which have the layout that the
+// instruction wants: pairs of numbers, one lane after another.
 template <int kPanels>
-void multiply_tiles(const float* panel, const float* weights, int64_t words, float* tile) {
+void multiply_tiles(const float* panel, const float* broadcast, int64_t words, float* tile) {
     constexpr int64_t kLanes = kPanels * kTile;
     const TileConfig config;
     _tile_loadconfig(&config);
@@ -36,10 +36,10 @@ void multiply_tiles(const float* panel, const float* weights, int64_t words, flo
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < words; i += kTile) {
-        _tile_loadd(4, weights + i, kWordStride * kWord);
+        _tile_loadd(4, broadcast + i, kWordStride * kWord);
         _tile_loadd(6, panel + i * kLanes, kLanes * kWord);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, weights + kTile * kWordStride + i, kWordStride * kWord);
+        _tile_loadd(5, broadcast + kTile * kWordStride + i, kWordStride * kWord);
         _tile_dpbf16ps(1, 5, 6);
         if constexpr (kPanels == 2) {
             _tile_loadd(7, panel + i * kLanes + kTile, kLanes * kWord);
@@ -58,7 +58,14 @@ void multiply_tiles(const float* panel, const float* weights, int64_t words, flo
 
 template <int kPanels>
 constexpr TileShape amx_shape() {
-    return {kPanels * kTile, 2 * kTile, multiply_tiles<kPanels>, finish<Avx512Bf16, kPanels * kTile>};
+    constexpr int kLanes = kPanels * kTile;
+    return {kLanes,
+            2 * kTile,
+            10,
+            multiply_tiles<kPanels>,
+            nullptr,
+            write<Avx512Bf16, kLanes>,
+            write_transposed<Avx512Bf16, kLanes>};
 }
 
 }  // namespace

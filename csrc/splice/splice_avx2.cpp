@@ -57,6 +57,6 @@ struct Avx2 {
 }  // namespace
 
 // Twelve sums hide the latency of FMA (4 cycles, two per cycle), and leave room for their operands in 16 registers.
-extern const SplicePath kSpliceAvx2 = path_of_floats<Avx2, 6, 12>("avx2");
+extern const SplicePath kSpliceAvx2 = path_of_floats<Avx2>("avx2", tile_shape<Avx2, 2, 6>(), tile_shape<Avx2, 1, 12>());
 
 }  // namespace biomedgpt

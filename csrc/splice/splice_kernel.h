@@ -157,11 +157,16 @@ void pack_panel(const float* rows, int64_t words, int64_t lanes, float* panel) {
     for (int64_t i = 0; i < words; i += Isa::kLanes) Isa::transpose(rows + i, kWordStride, panel + i * lanes, lanes);
 }
 
-template <class Isa, int kVectors, int kRows>
-void multiply(const float* panel, const float* weights, int64_t words, float* tile) {
+// For a stride that is known when this is compiled, one pointer serves all rows. Otherwise one serves three, for an
+// address can add one or two strides: a pointer for each row would take more registers than there are.
+template <class Isa, int kVectors, int kRows, int kRowsPerPointer>
+__attribute__((always_inline)) inline void multiply_rows(const float* panel, const float* broadcast, int64_t stride,
+                                                         int64_t words, float* tile) {
     constexpr int64_t kLanes = kVectors * Isa::kLanes;
     static_assert(kLanes <= kMaxLanes && kRows <= kMaxTileRows);
     using Vec = typename Isa::Vec;
+    const float* from[(kRows + kRowsPerPointer - 1) / kRowsPerPointer];
+    for (const float*& pointer : from) pointer = broadcast + (&pointer - from) * kRowsPerPointer * stride;
     for (int64_t start = 0; start < words; start += kSumWords) {
         const int64_t end = smaller(words, start + kSumWords);
         Vec sums[kRows][kVectors];
@@ -174,9 +179,11 @@ void multiply(const float* panel, const float* weights, int64_t words, float* ti
             for (int v = 0; v < kVectors; ++v) column[v] = Isa::load(panel + i * kLanes + v * Isa::kLanes);
             BIOMEDGPT_UNROLL
             for (int r = 0; r < kRows; ++r) {
-                const Vec weight = Isa::broadcast(weights + r * kWordStride + i);
-                for (int v = 0; v < kVectors; ++v) sums[r][v] = Isa::multiply_add(sums[r][v], column[v], weight);
+                const Vec word = Isa::broadcast(from[r / kRowsPerPointer] + r % kRowsPerPointer * stride);
+                for (int v = 0; v < kVectors; ++v) sums[r][v] = Isa::multiply_add(sums[r][v], column[v], word);
             }
+            BIOMEDGPT_UNROLL
+            for (const float*& pointer : from) ++pointer;
         }
         BIOMEDGPT_UNROLL
         for (int r = 0; r < kRows; ++r) {
@@ -188,42 +195,76 @@ void multiply(const float* panel, const float* weights, int64_t words, float* ti
     }
 }
 
+template <class Isa, int kVectors, int kRows>
+void multiply(const float* panel, const float* broadcast, int64_t words, float* tile) {
+    multiply_rows<Isa, kVectors, kRows, kRows>(panel, broadcast, kWordStride, words, tile);
+}
+
+template <class Isa, int kVectors, int kRows>
+void multiply_strided(const float* panel, const float* broadcast, int64_t stride, int64_t words, float* tile) {
+    multiply_rows<Isa, kVectors, kRows, 3>(panel, broadcast, stride, words, tile);
+}
+
+// `count` results of one row of out, at most a vector.
+template <class Isa>
+void write_some(const float* sums, typename Isa::Vec bias, const OutTile& at, int64_t index, int64_t count) {
+    const typename Isa::Vec sum = Isa::add(Isa::load(sums), bias);
+    if (at.dtype == DType::f32) {
+        Isa::store_some(static_cast<float*>(at.out) + index, sum, count);
+    } else {
+        Isa::store_half_some(static_cast<uint16_t*>(at.out) + index, sum, count);
+    }
+}
+
 template <class Isa, int kTileLanes>
-void finish(const float* tile, const FeatureTile& at) {
+void write(const float* tile, const OutTile& at) {
+    for (int64_t column = 0; column < at.columns; column += Isa::kLanes) {
+        const int64_t count = smaller(Isa::kLanes, at.columns - column);
+        const typename Isa::Vec bias = Isa::load_some(at.bias + column, count);
+        for (int64_t row = 0; row < at.rows; ++row) {
+            write_some<Isa>(tile + row * kTileLanes + column, bias, at, row * at.stride + column, count);
+        }
+    }
+}
+
+template <class Isa, int kTileLanes>
+void write_transposed(const float* tile, const OutTile& at) {
     alignas(64) float block[Isa::kLanes * Isa::kLanes];
-    for (int64_t row = 0; row < at.rows; row += Isa::kLanes) {
-        const int64_t rows = smaller(Isa::kLanes, at.rows - row);
-        const typename Isa::Vec bias = Isa::load_some(at.bias + row, rows);
-        for (int64_t lane = 0; lane < at.lanes; lane += Isa::kLanes) {
-            const int64_t lanes = smaller(Isa::kLanes, at.lanes - lane);
-            Isa::transpose(tile + row * kTileLanes + lane, kTileLanes, block, Isa::kLanes);
-            for (int64_t i = 0; i < lanes; ++i) {
-                const typename Isa::Vec sum = Isa::add(Isa::load(block + i * Isa::kLanes), bias);
-                const int64_t index = (lane + i) * at.out_stride + row;
-                if (at.out_dtype == DType::f32) {
-                    Isa::store_some(static_cast<float*>(at.out) + index, sum, rows);
-                } else {
-                    Isa::store_half_some(static_cast<uint16_t*>(at.out) + index, sum, rows);
-                }
+    for (int64_t column = 0; column < at.columns; column += Isa::kLanes) {
+        const int64_t count = smaller(Isa::kLanes, at.columns - column);
+        const typename Isa::Vec bias = Isa::load_some(at.bias + column, count);
+        for (int64_t row = 0; row < at.rows; row += Isa::kLanes) {
+            const int64_t rows = smaller(Isa::kLanes, at.rows - row);
+            Isa::transpose(tile + column * kTileLanes + row, kTileLanes, block, Isa::kLanes);
+            for (int64_t i = 0; i < rows; ++i) {
+                write_some<Isa>(block + i * Isa::kLanes, bias, at, (row + i) * at.stride + column, count);
             }
         }
     }
 }
 
 template <class Isa, int kVectors, int kRows>
-constexpr TileShape tile_shape() {
-    return {kVectors * Isa::kLanes, kRows, multiply<Isa, kVectors, kRows>, finish<Isa, kVectors * Isa::kLanes>};
+constexpr TileShape tile_shape(int64_t tenths = 10) {
+    constexpr int kLanes = kVectors * Isa::kLanes;
+    return {kLanes,
+            kRows,
+            tenths,
+            multiply<Isa, kVectors, kRows>,
+            multiply_strided<Isa, kVectors, kRows>,
+            write<Isa, kLanes>,
+            write_transposed<Isa, kLanes>};
 }
 
-// A path with tiles of two vectors by `kWideRows` and of one by `kNarrowRows`, whose words are floats.
-template <class Isa, int kWideRows, int kNarrowRows>
-constexpr SplicePath path_of_floats(const char* name) {
+// A path whose words are floats.
+template <class Isa, class... Shapes>
+constexpr SplicePath path_of_floats(const char* name, Shapes... shapes) {
     return {name,
             false,
             Isa::kLanes,
             1,
             1,
-            {tile_shape<Isa, 2, kWideRows>(), tile_shape<Isa, 1, kNarrowRows>()},
+            sizeof...(shapes),
+            {shapes...},
             widen<Isa>,
             narrow<Isa>,
             normalise<Isa>,
@@ -231,14 +272,20 @@ constexpr SplicePath path_of_floats(const char* name) {
             pack_panel<Isa>};
 }
 
-// The same with words that are pairs of 16-bit numbers, padded to multiples of `words_step`, in the given shapes.
-template <class Isa>
-constexpr SplicePath path_of_pairs(const char* name, int64_t words_step, TileShape wide, TileShape narrow_shape) {
-    return {name,           true,
-            Isa::kLanes,    2,
-            words_step,     {wide, narrow_shape},
-            widen<Isa>,     narrow<Isa>,
-            normalise<Isa>, pack_row_of_pairs<Isa>,
+// The same with words that are pairs of 16-bit numbers, padded to multiples of `words_step`.
+template <class Isa, class... Shapes>
+constexpr SplicePath path_of_pairs(const char* name, int64_t words_step, Shapes... shapes) {
+    return {name,
+            true,
+            Isa::kLanes,
+            2,
+            words_step,
+            sizeof...(shapes),
+            {shapes...},
+            widen<Isa>,
+            narrow<Isa>,
+            normalise<Isa>,
+            pack_row_of_pairs<Isa>,
             pack_panel<Isa>};
 }
 

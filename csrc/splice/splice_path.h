@@ -1,9 +1,8 @@
 // What one instruction set contributes to splice. The blocking and the threads around it are shared, in splice.cpp;
 // what most paths do alike is in splice_kernel.h.
 //
-// The product is computed transposed: the lanes of a vector are feature rows, and weights, which are read once from
-// memory as they lie there, are broadcast. Feature rows are packed into panels beforehand; weight rows are converted
-// one tile at a time, just before they are used. Both are made of 32-bit words: a float, or a pair of bfloat16.
+// A tile of the product is computed from panels, whose lanes are the rows of one operand, and from rows of the other
+// one, which are broadcast. Both are made of 32-bit words: a float, or a pair of bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -16,44 +15,50 @@ namespace biomedgpt {
 // Rows of words lie this far apart in a thread's workspace. Not a power of two: rows at the same distance modulo 4 KiB
 // would share one set of the L1 cache. Whole cache lines, and room for a last block of words.
 constexpr int64_t kWordStride = kMaxSpliceWidth + 16;
-constexpr int64_t kMaxLanes = 32;
+constexpr int64_t kMaxLanes = 48;
 constexpr int64_t kMaxTileRows = 32;
-// Rows of words that are packed together, at most; those of a tile's results are a multiple of it.
+// Rows of words that are packed together, at most.
 constexpr int64_t kMaxGroup = 16;
 
-struct FeatureTile;
+struct OutTile;
 
-// How many feature rows (lanes) and weight rows a tile has. A path has a wide shape, which loads less per product, and
-// a narrow one, which wastes fewer lanes on small molecules.
+// How many rows a tile takes from panels (lanes), and how many are broadcast. Wide shapes load less per product, narrow
+// ones waste fewer lanes on small molecules.
 struct TileShape {
     int64_t lanes;
     int64_t rows;
+    int64_t tenths;  // of the time that the path's fastest shape takes per product (measured)
 
-    // tile[row * lanes + lane] = sum over i < words of panel[i * lanes + lane] * weights[row * kWordStride + i], where
-    // a product of words that are pairs is the sum of two products.
-    void (*multiply)(const float* panel, const float* weights, int64_t words, float* tile);
+    // tile[row * lanes + lane] = sum over i < words of panel[i * lanes + lane] * broadcast[row * stride + i], where a
+    // product of words that are pairs is the sum of two products. The sum does not depend on which operand is which.
+    // The stride is kWordStride, or given, which words that are pairs have no use for: rows lie so in the workspace.
+    void (*multiply)(const float* panel, const float* broadcast, int64_t words, float* tile);
+    void (*multiply_strided)(const float* panel, const float* broadcast, int64_t stride, int64_t words, float* tile);
 
-    // Adds the bias and writes the results of `tile` that belong to existing rows and columns, transposed.
-    void (*finish)(const float* tile, const FeatureTile& at);
+    // Add the bias of the column and write what belongs to existing rows and columns of out. The columns are the lanes
+    // of the tile, or its rows.
+    void (*write)(const float* tile, const OutTile& at);
+    void (*write_transposed)(const float* tile, const OutTile& at);
 };
 
-// Where the results of a tile go: out[lane * out_stride + row] for lane < lanes and row < rows.
-struct FeatureTile {
+// Where the results of a tile go: `rows` times `columns` of them, from `out` and `bias` on.
+struct OutTile {
     void* out;
-    DType out_dtype;
-    int64_t out_stride;
+    DType dtype;
+    int64_t stride;
     const float* bias;
-    int64_t lanes;
     int64_t rows;
+    int64_t columns;
 };
 
 struct SplicePath {
     const char* name;
     bool operands_16bit;
-    int64_t group;        // feature rows that are packed together; divides the lanes of both shapes
-    int64_t values;       // numbers in a word
-    int64_t words_step;   // word counts are padded with zeros to multiples of this
-    TileShape shapes[2];  // wide, narrow
+    int64_t group;       // feature rows that are packed together; divides the lanes of every shape
+    int64_t values;      // numbers in a word
+    int64_t words_step;  // word counts are padded with zeros to multiples of this
+    int shape_count;
+    TileShape shapes[3];  // of equally good ones, the first is taken
 
     // destination[i] = source[i] * scale, for float32, float16 and int8.
     void (*widen)(const void* source, DType dtype, int64_t count, float scale, float* destination);

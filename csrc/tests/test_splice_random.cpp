@@ -74,7 +74,8 @@ struct Prompt {
 
     void add_features(Random& random) {
         const int64_t width = pick(random, {1, 2, 15, 31, 64, 255, 300, 513, 1030});
-        const int64_t count = pick(random, {0, 1, 3, 8, 16, 31, 33, 40, 70}), stride = width + pick(random, {0, 3});
+        const int64_t count = pick(random, {0, 1, 3, 8, 16, 31, 33, 40, 70, 131}),
+                      stride = width + pick(random, {0, 3});
         const auto half_or_float = [&] { return random() % 2 == 0 ? DType::f32 : DType::f16; };
         Features one{Values(half_or_float(), count * stride),
                      Values(half_or_float(), hidden * width),
@@ -254,6 +255,44 @@ TEST(a_wide_call_on_several_threads_allocates_nothing_either) {
             CHECK(testing::allocations() - before <= threads - 1);
         }
         CHECK(results[0] == results[1]);
+    }
+}
+
+TEST(a_row_does_not_depend_on_how_many_there_are) {
+    constexpr int64_t kRows = 131, kWidth = 600, kStride = 605, kHidden = 101, kPart = 50;
+    Random random(4);
+    Values features(DType::f32, kRows * kStride), weight(DType::f16, kHidden * kWidth), table(DType::f32, kHidden);
+    Prompt::fill(random, features, kRows * kStride);
+    Prompt::fill(random, weight, kHidden * kWidth);
+    features.set(70 * kStride, INFINITY);
+    const std::vector<float> bias(kHidden, 0.5f);
+    const auto segment_of = [&](int64_t first, int64_t rows) {
+        FeatureSegment segment;
+        segment.row = first;
+        segment.features = {static_cast<float*>(features.data()) + first * kStride, DType::f32, rows, kWidth, kStride};
+        segment.weight = {weight.data(), DType::f16, kHidden, kWidth, kWidth};
+        segment.bias = bias.data();
+        segment.bias_count = kHidden;
+        return segment;
+    };
+    for (const SplicePathInfo& path : splice_paths()) {
+        // All rows at once have the weights packed, parts of them the features.
+        std::vector<float> results[2];
+        for (const bool parts : {false, true}) {
+            std::vector<float>& out = results[parts];
+            out.resize(kRows * kHidden);
+            SpliceArgs args;
+            args.out = out.data();
+            args.rows = kRows;
+            args.hidden = kHidden;
+            args.table.rows = {table.data(), DType::f32, 1, kHidden, kHidden};
+            const int64_t step = parts ? kPart : kRows;
+            for (int64_t row = 0; row < kRows; row += step) {
+                args.segments.push_back(segment_of(row, std::min(step, kRows - row)));
+            }
+            splice(args, {2, true, path.name});
+        }
+        CHECK(std::memcmp(results[0].data(), results[1].data(), results[0].size() * sizeof(float)) == 0);
     }
 }
 
