@@ -62,6 +62,23 @@ def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return padded.reshape(rows, -1, group_size)
 
 
+def widest_scales(groups: torch.Tensor) -> torch.Tensor:
+    """float16 ``[...]`` for ``groups`` float32 ``[..., group_size]``: the largest magnitude of a group lands on -8.
+
+    No level is wasted that way; the sign of a scale is that of its group's extreme value, negated.
+    """
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    # Rounded to float16 before anything is divided by it, so that levels are chosen for the scale that is stored.
+    return (extreme / QMIN).half()
+
+
+def nearest_levels(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The closest integers in [-8, 7], as float32, of ``values`` at ``scales`` float16 that broadcast to them."""
+    # A group too small for a float16 scale has scale zero, and no level but zero.
+    divisor = torch.where(scales == 0, torch.ones_like(scales), scales).float()
+    return (values / divisor).round().clamp(QMIN, QMAX)
+
+
 def pack(values: torch.Tensor) -> torch.Tensor:
     """Integer values in [-8, 7], ``[N, groups, group_size]`` -> the packed layout."""
     nibbles = (values + ZERO_POINT).to(torch.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .int4 import QMAX, QMIN, Int4Weight, group_size_for, grouped, pack
+from .int4 import Int4Weight, group_size_for, grouped, nearest_levels, pack, widest_scales
 
 
 class RoundToNearest:
@@ -13,13 +13,10 @@ class RoundToNearest:
     name = "rtn"
 
     def quantize(self, key: str, weight: torch.Tensor) -> Int4Weight:
-        """See :class:`WeightQuantizer`; the largest magnitude of a group lands on -8, so no level is wasted."""
+        """See :class:`WeightQuantizer`."""
         columns = weight.shape[1]
         group_size = group_size_for(columns)
         groups = grouped(weight, group_size)
-        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        # The scale is rounded to float16 before it is used, so that the values are chosen for the scale that is stored.
-        scales = (extreme / QMIN).half()
-        divisor = torch.where(scales == 0, torch.ones_like(scales), scales).float()
-        values = (groups / divisor.unsqueeze(-1)).round().clamp(QMIN, QMAX)
+        scales = widest_scales(groups)
+        values = nearest_levels(groups, scales.unsqueeze(-1))
         return Int4Weight(pack(values), scales, columns, group_size)
