@@ -40,6 +40,18 @@ class ModelConfigError(ExportError):
     code = "export.config"
 
 
+class CalibrationError(ExportError):
+    """What calibration recorded for a layer, activations or their second moments, cannot be used."""
+
+    code = "export.calibration"
+
+
+class QuantizationError(ExportError):
+    """A weight matrix cannot be quantized as asked."""
+
+    code = "export.quantization"
+
+
 class ParityError(ExportError):
     """The exported graph differs from the source module by more than the tolerance."""
 
