@@ -53,6 +53,34 @@ def test_all_types_and_shapes_are_read_back(tmp_path: Path) -> None:
                 assert torch.equal(checkpoint.tensor(key), tensor)
 
 
+def test_a_header_of_any_length_is_no_other_format(tmp_path: Path) -> None:
+    """The length is the first thing in the file: 128 is the byte that a pickle begins with."""
+    path = tmp_path / "w.safetensors"
+    first_bytes = set()
+    for length in range(0, 256, 8):
+        save_file({"w": torch.ones(2)}, path, metadata={"note": "x" * length})
+        first_bytes.add(path.read_bytes()[0])
+        with open_checkpoint(path) as checkpoint:
+            assert torch.equal(checkpoint.tensor("w"), torch.ones(2))
+    assert 128 in first_bytes
+
+
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        (b"\x80\x02}q\x00X\x01\x00\x00\x00", "a bare pickle"),
+        (b"GGUF\x03\0\0\0{\0\0\0", "a GGUF file"),
+        (b"<html><body>", "an HTML page"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\x02\xff", "a gzip archive"),
+    ],
+)
+def test_another_format_is_named(tmp_path: Path, head: bytes, named: str) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(head + bytes(100))
+    with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(path)
+
+
 def test_closed_and_unknown(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "w.safetensors")
     with open_checkpoint(tmp_path / "w.safetensors") as checkpoint:
