@@ -300,7 +300,7 @@ def _recipe(linears: Linears) -> dict[str, Any]:
     if linears.quantizer is not None:
         recipe |= {
             "quantizer": linears.quantizer.name,
-            "symmetric": True,
+            "symmetric": not linears.asymmetric,
             "zero_point": ZERO_POINT,
             "scales": "fp16",
             "activations": linears.activations,

@@ -30,6 +30,7 @@ class Linears:
         activations: what int4 layers compute with.
         group_sizes: group size -> number of weights quantized with it, for the manifest.
         padded: keys whose width no group size divides.
+        asymmetric: keys of weights with zero points of their own.
     """
 
     precision: Precision
@@ -37,6 +38,7 @@ class Linears:
     activations: Activations = "fp32"
     group_sizes: dict[int, int] = field(default_factory=dict)
     padded: list[str] = field(default_factory=list)
+    asymmetric: list[str] = field(default_factory=list)
 
     def emit(
         self,
@@ -68,13 +70,19 @@ class Linears:
             raise ValueError("int4 needs a quantizer")
         quantized = self.quantizer.quantize(name, weight)
         self._count(name, quantized)
+        if quantized.order is not None:
+            order = graph.tensor(f"{name}.order", quantized.order.numpy())
+            source = graph.node("Gather", [source, order], f"{name}.reordered", axis=-1)
         packed = graph.tensor(f"{name}.weight_int4", quantized.packed.numpy())
         # Scales are stored in fp16 and widened when the graph is loaded: the operator wants the activations' dtype.
         scales = graph.tensor(f"{name}.scales", quantized.scales.flatten().numpy())
         scales = graph.node("Cast", [scales], f"{name}.scales_fp32", to=onnx.TensorProto.FLOAT)
+        inputs = [source, packed, scales]
+        if quantized.zero_points is not None:
+            inputs.append(graph.tensor(f"{name}.zero_points", quantized.zero_points.flatten().numpy()))
         return graph.node(
             "MatMulNBits",
-            [source, packed, scales],
+            inputs,
             f"{name}.product",
             domain=CONTRIB,
             K=quantized.columns,
@@ -89,3 +97,5 @@ class Linears:
         self.group_sizes[quantized.group_size] = self.group_sizes.get(quantized.group_size, 0) + weights
         if quantized.columns % quantized.group_size:
             self.padded.append(name)
+        if quantized.zero_points is not None:
+            self.asymmetric.append(name)

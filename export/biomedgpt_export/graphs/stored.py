@@ -32,16 +32,20 @@ class StoredWeights:
         """Distance of neighbouring stored values around each weight of ``name``, float32 ``[N, K]``."""
         if f"{name}.weight" in self._tensors:
             return torch.from_numpy(np.spacing(np.abs(self._array(f"{name}.weight").T)).astype(np.float32))
-        weight = self._int4_weight(name)
-        steps = weight.scales.float().abs().repeat_interleave(weight.group_size, dim=1)
-        return steps[:, : weight.columns]
+        return self._int4_weight(name).steps()
 
     def _int4_weight(self, name: str) -> Int4Weight:
         packed_name = f"{name}.weight_int4"
         attributes = {a.name: a.i for a in self._int4[packed_name].attribute}
         packed = torch.from_numpy(self._array(packed_name).copy())
         scales = torch.from_numpy(self._array(f"{name}.scales").copy()).reshape(packed.shape[:2])
-        return Int4Weight(packed, scales, attributes["K"], attributes["block_size"])
+        zero_points, order = self._optional(f"{name}.zero_points"), self._optional(f"{name}.order")
+        if zero_points is not None:
+            zero_points = zero_points.reshape(len(packed), -1)
+        return Int4Weight(packed, scales, attributes["K"], attributes["block_size"], zero_points, order)
+
+    def _optional(self, name: str) -> torch.Tensor | None:
+        return torch.from_numpy(self._array(name).copy()) if name in self._tensors else None
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         tensor = self._tensors[name]

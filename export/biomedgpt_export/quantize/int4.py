@@ -1,8 +1,11 @@
-"""Symmetric int4 weights in groups along the input width, and the layout in which a bundle stores them.
+"""int4 weights in groups along the input width, and the layout in which a bundle stores them.
 
 Layout (that of ONNX Runtime's ``com.microsoft.MatMulNBits``): ``packed`` uint8 ``[N, groups, group_size / 2]``, two
 neighbouring columns per byte, the even one in the low nibble; a nibble holds value + 8. ``scales`` float16
 ``[N, groups]``. Columns beyond the width, where no group size divides it, hold zero.
+
+What this package quantizes itself is symmetric and keeps its columns in place. Imported weights may have zero points
+other than 8, and columns in another order; the layout has both as additions, which are absent where they say nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +29,35 @@ class Int4Weight:
         scales: float16 ``[N, groups]``.
         columns: K before padding.
         group_size: columns that share a scale.
+        zero_points: uint8 ``[N, ceil(groups / 2)]``, the nibble that stands for zero in each group, packed as the
+            columns are; None where all are 8.
+        order: int32 ``[K]``, the input that each stored column multiplies; None where they stand in place.
     """
 
     packed: torch.Tensor
     scales: torch.Tensor
     columns: int
     group_size: int
+    zero_points: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
-        """float32 ``[N, K]``: the reference unpacker of the layout above."""
-        low, high = self.packed & 0xF, self.packed >> 4
-        values = torch.stack([low, high], dim=-1).flatten(-2).float() - ZERO_POINT
-        return (values * self.scales.float().unsqueeze(-1)).flatten(1)[:, : self.columns]
+        """float32 ``[N, K]``, columns in place: the reference unpacker of the layout above."""
+        values = unpack(self.packed).float()
+        if self.zero_points is None:
+            values -= ZERO_POINT
+        else:
+            values -= unpack(self.zero_points)[:, : values.shape[1], None]
+        return self._in_place(values * self.scales.float().unsqueeze(-1))
+
+    def steps(self) -> torch.Tensor:
+        """float32 ``[N, K]``: distance of neighbouring levels at each weight."""
+        return self._in_place(self.scales.float().abs().unsqueeze(-1).expand(-1, -1, self.group_size))
+
+    def _in_place(self, stored: torch.Tensor) -> torch.Tensor:
+        """From ``[N, groups, group_size]`` to ``[N, K]`` in the order of the inputs."""
+        columns = stored.flatten(1)[:, : self.columns]
+        return columns if self.order is None else columns[:, torch.argsort(self.order)]
 
 
 class WeightQuantizer(Protocol):
@@ -81,5 +101,14 @@ def nearest_levels(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def pack(values: torch.Tensor) -> torch.Tensor:
     """Integer values in [-8, 7], ``[N, groups, group_size]`` -> the packed layout."""
-    nibbles = (values + ZERO_POINT).to(torch.uint8)
+    return pack_nibbles((values + ZERO_POINT).to(torch.uint8))
+
+
+def pack_nibbles(nibbles: torch.Tensor) -> torch.Tensor:
+    """uint8 0 to 15, ``[..., n]`` with even n -> uint8 ``[..., n / 2]``, the even ones low."""
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`pack_nibbles`."""
+    return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
