@@ -6,15 +6,18 @@ holds more of it in memory than the tensors in use.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .base import Checkpoint
+from .gptq import GptqCheckpoint, GptqWeight
+from .gptq_config import BITS, GptqConfig
 from .safetensors_file import SafetensorsCheckpoint
 from .sharded import ShardedCheckpoint, require_inside
 from .torch_file import TorchCheckpoint
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "GptqCheckpoint", "GptqConfig", "GptqWeight", "open_checkpoint", "open_gptq"]
 
 # In the order in which transformers looks for them, so that a folder with several means the same here as there.
 _FOLDER_FILES = (
@@ -55,6 +58,37 @@ def open_checkpoint(path: Path, *, root: str | None = None) -> Checkpoint:
         seen=str(path),
         remedy=f"Known are {', '.join(_TORCH_SUFFIXES)}, .safetensors, .index.json, and folders that hold one.",
     )
+
+
+def open_gptq(folder: Path) -> GptqCheckpoint:
+    """Open the folder of a model that AutoGPTQ or GPTQModel quantized; its matrices read like ordinary ones.
+
+    Raises:
+        CheckpointError: it does not say that it is quantized, or in a way that is not read here, or its numbers are
+            unsound; and all that :func:`open_checkpoint` raises.
+    """
+    config = GptqConfig.read(folder)
+    if config is None:
+        raise CheckpointError(
+            f"{folder} does not say that it is quantized.",
+            seen=str(folder),
+            remedy="A quantized model has quantize_config.json, or quantization_config in its config.json.",
+        )
+    with ExitStack() as opened:
+        inner = opened.enter_context(open_checkpoint(_find_gptq(folder, config)))
+        checkpoint = GptqCheckpoint(inner, config)
+        opened.pop_all()
+    return checkpoint
+
+
+def _find_gptq(folder: Path, config: GptqConfig) -> Path:
+    """AutoGPTQ's own file name, or else the folder, for the names that everybody uses."""
+    for suffix in (".safetensors", ".safetensors.index.json", ".bin"):
+        path = folder / f"gptq_model-{BITS}bit-{config.group_size}g{suffix}"
+        if path.exists():
+            require_inside(path, folder)
+            return path
+    return folder
 
 
 def _find_in_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import json
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-#: Bound on one JSON index file. That of a 70B model with 80 layers is below 100 KB.
-MAX_INDEX_BYTES = 4 << 20
+#: Bound on one JSON file beside the weights. The index of a 70B model with 80 layers is below 100 KB.
+MAX_JSON_BYTES = 4 << 20
 
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for", "Fetch it with `git lfs pull`."),
@@ -79,6 +80,30 @@ class Checkpoint(abc.ABC):
 def missing_key(path: Path, key: str) -> KeyMismatchError:
     """The error for a name that the checkpoint does not have."""
     return KeyMismatchError(f"{path.name} has no tensor named {key!r}.", [key])
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file beside the weights, its size bounded and its keys unambiguous."""
+    require_regular_file(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error}.", seen=str(path)) from error
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is too large for what it should hold.", limit=MAX_JSON_BYTES)
+    try:
+        return json.loads(data, object_pairs_hook=_unique_pairs)
+    # RecursionError: the parser descends into brackets as deep as the file has them.
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.", seen=str(path)) from error
+
+
+def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return content
 
 
 def require_regular_file(path: Path) -> None:

@@ -6,7 +6,6 @@ holds ``weight_map``, from tensor name to the file beside it.
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from biomedgpt_edge.errors import ClosedError
 
 from ..errors import CheckpointError, KeyMismatchError
-from .base import MAX_INDEX_BYTES, Checkpoint, missing_key, require_regular_file
+from .base import Checkpoint, missing_key, read_json
 from .safetensors_file import SafetensorsCheckpoint
 from .torch_file import TorchCheckpoint
 
@@ -79,30 +78,11 @@ def _open_shard(path: Path) -> Checkpoint:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    require_regular_file(index)
-    try:
-        with index.open("rb") as file:
-            data = file.read(MAX_INDEX_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {index}: {error}.", seen=str(index)) from error
-    if len(data) > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{index} is too large for an index.", limit=MAX_INDEX_BYTES)
-    try:
-        content = json.loads(data, object_pairs_hook=_unique_pairs)
-    # RecursionError: the parser descends into brackets as deep as the file has them.
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not JSON: {error}.", seen=str(index)) from error
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names.", seen=str(index))
     return weight_map
-
-
-def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return content
 
 
 def _shard_path(index: Path, name: str) -> Path:
