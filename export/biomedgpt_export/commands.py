@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
-from .exporter import ExportOptions, export_bundle, read_about
+from .calibration import CALIBRATION, PROOF, read_examples
+from .exporter import PROOFS, QUANTIZERS, ExportOptions, export_bundle, read_about
 from .families.biomedgpt_10b import FAMILY, POLICY, Layout
 from .graphs.linear import PRECISIONS
+from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
 
 
@@ -28,7 +32,7 @@ def run(arguments: Sequence[str] | None) -> int:
         _report(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _report("interrupted; nothing was written")
+        _report("interrupted; no bundle was written")
         return 130
     return 0
 
@@ -47,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_bundle(commands.add_parser("bundle", help="export a checkpoint as a bundle"))
     _add_synthesize(commands.add_parser("synthesize", help="write a random checkpoint in the release layout"))
+    _add_compare(commands.add_parser("compare", help="what one bundle loses against another"))
     return parser
 
 
@@ -63,11 +68,29 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protein", type=Path, metavar="DIR", help="protein encoder configuration, likewise")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
     parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="of the linear layers (default: int4)")
+    parser.add_argument(
+        "--quantizer", choices=QUANTIZERS, default="gptq", help="how int4 values are chosen (default: gptq)"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE.jsonl", default=CALIBRATION,
+        help="questions with answers for GPTQ (default: a set of its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--proof", choices=PROOFS, default="quick", help="on how many questions it is compared with its source"
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="write no bundle whose mean KL divergence from the source is larger",
+    )
     parser.add_argument("--name", default="BioMedGPT-10B", help="what the bundle calls itself")
     parser.add_argument(
         "--about", type=Path, metavar="FILE.json", help="facts for the manifest; 'policy' in it: own terms"
     )
-    parser.add_argument("--threads", type=int, default=1, help="processor threads for the parity runs (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="processor threads for GPTQ and the parity runs (default: 1)"
+    )
     parser.set_defaults(run=_run_bundle)
 
 
@@ -83,8 +106,38 @@ def _run_bundle(options: argparse.Namespace) -> None:
     layout = Layout.locate(options.checkpoint, fusion=options.fusion, text=options.text, protein=options.protein)
     about, policy = read_about(options.about) if options.about else ({}, POLICY)
     export_bundle(
-        ExportOptions(layout, options.out, options.precision, options.name, about, policy, options.threads), _report
+        ExportOptions(
+            layout=layout,
+            out=options.out,
+            precision=options.precision,
+            quantizer=options.quantizer,
+            calibration=options.calibration,
+            proof=options.proof,
+            max_kl=options.max_kl,
+            name=options.name,
+            about=about,
+            policy=policy,
+            threads=options.threads,
+        ),
+        _report,
     )
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", type=Path, metavar="A", help="the bundle to compare with")
+    parser.add_argument("second", type=Path, metavar="B", help="the bundle that is compared; it answers the questions")
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE.jsonl", default=PROOF, help="what to ask (default: a set of its own)"
+    )
+    parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
+    parser.set_defaults(run=_run_compare)
+
+
+def _run_compare(options: argparse.Namespace) -> None:
+    first, second = (BundleSide(Bundle.open(path), options.threads) for path in (options.first, options.second))
+    figures = compared(first, second, read_examples(options.questions))
+    print(json.dumps(figures, indent=1) if options.json else "\n".join(table(figures)))
 
 
 def _run_synthesize(options: argparse.Namespace) -> None:

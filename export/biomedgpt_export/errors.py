@@ -52,10 +52,22 @@ class QuantizationError(ExportError):
     code = "export.quantization"
 
 
+class JournalError(ExportError):
+    """Interrupted work cannot be taken up again as asked."""
+
+    code = "export.journal"
+
+
 class ParityError(ExportError):
     """The exported graph differs from the source module by more than the tolerance."""
 
     code = "export.parity"
+
+
+class ProofError(ExportError):
+    """A bundle lost more by its precision than it may."""
+
+    code = "export.proof"
 
 
 class OutputExistsError(ExportError):

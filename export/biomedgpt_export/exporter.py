@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 import torch
 
-from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.bundle import Bundle, sha256_of
 from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
     MAX_MANIFEST_BYTES,
@@ -27,11 +27,14 @@ from biomedgpt_edge.manifest import (
     TensorFiles,
     parse_manifest,
 )
+from biomedgpt_edge.tokenizer import Tokenizer
 
-from . import parity
+from . import parity, proof
 from .bundle_writer import BundleWriter, file_entry
+from .calibrated import quantize_model
+from .calibration import CALIBRATION, PROOF, read_examples
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, ExportError
+from .errors import CheckpointError, ExportError, ProofError
 from .families import biomedgpt_10b as family
 from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, Layout
 from .graphs.builder import GraphBuilder
@@ -39,14 +42,23 @@ from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.linear import Linears, Precision
-from .quantize.int4 import ZERO_POINT
+from .quantize.gptq import GptqOptions
+from .quantize.int4 import ZERO_POINT, WeightQuantizer
+from .quantize.journal import Journal
+from .quantize.layerwise import JournalQuantizer
 from .quantize.rtn import RoundToNearest
+from .streamed_model import DECODER_PART, PARTS, PROTEIN_PART, StreamedModel
 
 DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"
 FILES = TensorFiles("embeddings.safetensors", "projections.safetensors", "tokenizer.model")
 POLICY_FILE = "POLICY.txt"
 
 MAX_THREADS = 1024
+
+Quantizer = Literal["gptq", "rtn"]
+QUANTIZERS: tuple[Quantizer, ...] = ("gptq", "rtn")
+Proof = Literal["quick", "full", "none"]
+PROOFS: tuple[Proof, ...] = ("quick", "full", "none")
 
 Report = Callable[[str], None]
 
@@ -59,15 +71,23 @@ class ExportOptions:
         layout: where the parts of the checkpoint lie.
         out: the bundle's folder; must not exist.
         precision: of the linear layers of decoder and protein encoder.
+        quantizer: chooses int4 values; without meaning for other precisions.
+        calibration: questions with answers for GPTQ.
+        proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
+        max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
         name: what the bundle calls itself.
         about: free-form facts about the model for its manifest (training data, scores).
         policy: the model's terms; the family's, unless the checkpoint is somebody's own.
-        threads: processor threads for the parity runs.
+        threads: processor threads for GPTQ and the parity runs.
     """
 
     layout: Layout
     out: Path
     precision: Precision = "int4"
+    quantizer: Quantizer = "gptq"
+    calibration: Path = CALIBRATION
+    proof: Proof = "quick"
+    max_kl: float | None = None
     name: str = "BioMedGPT-10B"
     about: dict[str, Any] = field(default_factory=dict)
     policy: Policy = family.POLICY
@@ -82,13 +102,23 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
     """
     if not 1 <= options.threads <= MAX_THREADS:
         raise ExportError(f"threads is {options.threads}.", seen=options.threads, limit=f"1 to {MAX_THREADS}")
+    if options.max_kl is not None and (options.proof == "none" or options.precision == "fp32"):
+        raise ExportError(
+            "a largest KL divergence was given, and nothing is to be compared.",
+            seen=options.max_kl,
+            remedy="Leave it out, or compare: proof quick or full, precision int4 or fp16.",
+        )
     # The source modules of the parity runs use torch's own pool.
     torch.set_num_threads(options.threads)
     try:
         return _export(options, report)
     except OSError as error:
+        folder = _work_folder(options)
+        kept = f" What was quantized so far is in {folder}; the same command goes on." if folder.exists() else ""
         raise ExportError(
-            f"a file cannot be read or written: {error}.", seen=str(error.filename), remedy="Nothing was written."
+            f"a file cannot be read or written: {error}.",
+            seen=str(error.filename),
+            remedy=f"Nothing was written.{kept}",
         ) from error
 
 
@@ -97,17 +127,27 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         configs = Configs.read(options.layout, checkpoint)
         family.check_keys(configs, checkpoint)
         export = _Export(options, configs, checkpoint, writer.staging, report)
+        journal = export.quantized()
         export.write_tensors()
-        linears = export.write_graphs()
+        linears = export.write_graphs(journal)
         manifest = export.manifest(linears, writer.entries(report))
         _require_readable(manifest)
         staged = Bundle(writer.staging, manifest, digest="")
         staged.check()
-        measured = parity.measure(staged, configs, export.weights, options.threads, report)
+        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in PARTS}
+        measured = parity.measure(staged, configs, export.weights, options.threads, report, chosen)
+        measured |= export.proved(staged)
         manifest = export.manifest(linears, manifest.files, measured)
         writer.commit(manifest)
+        if journal is not None:
+            journal.remove()
     report(f"wrote {options.out}")
     return manifest
+
+
+def _work_folder(options: ExportOptions) -> Path:
+    """Where GPTQ keeps what it has done, under a name that the same command finds again."""
+    return options.out.parent / f".{options.out.name}.gptq"
 
 
 @dataclass
@@ -151,16 +191,76 @@ class _Export:
             f"Licence: {policy.licence}\nUse policy: {policy.use_policy}\n{policy.notice}\n", encoding="utf-8"
         )
 
-    def write_graphs(self) -> dict[str, Linears]:
+    def quantized(self) -> Journal | None:
+        """The matrices that GPTQ chose, where it is to choose; what an earlier run did is taken up.
+
+        Raises:
+            CalibrationError: the calibration file cannot be used.
+            JournalError: the earlier run was another one.
+        """
+        options = self.options
+        if options.precision != "int4" or options.quantizer != "gptq":
+            return None
+        examples = read_examples(options.calibration)
+        gptq = GptqOptions()
+        plan = {
+            "calibration": sha256_of(options.calibration),
+            "gptq": asdict(gptq),
+            "sources": {entry.path: entry.sha256 for entry in self._sources},
+            "threads": options.threads,
+            "torch": torch.__version__,
+        }
+        journal = Journal(_work_folder(options), plan)
+        quantize_model(self._streamed(), examples, journal, gptq, self.report)
+        return journal
+
+    def proved(self, bundle: Bundle) -> dict[str, Any]:
+        """What the precision of a staged bundle costs, as ``proof`` for its manifest.
+
+        Raises:
+            ProofError: it costs more than it may.
+        """
+        options = self.options
+        if options.precision == "fp32" or options.proof == "none":
+            return {}
+        examples = read_examples(PROOF)
+        self.report("comparing with the source")
+        figures = proof.compared(
+            proof.SourceSide(self._streamed()),
+            proof.BundleSide(bundle, options.threads),
+            examples[: proof.QUICK] if options.proof == "quick" else examples,
+        )
+        for line in proof.table(figures):
+            self.report(line)
+        kl = figures["kl"]["mean"]
+        if options.max_kl is not None and not kl <= options.max_kl:
+            raise ProofError(
+                f"the bundle's mean KL divergence from its source is {kl}.",
+                seen=kl,
+                limit=options.max_kl,
+                remedy="Nothing was written. Calibrate with more, or other, questions, or use a higher precision.",
+            )
+        return {"proof": figures}
+
+    def _streamed(self) -> StreamedModel:
+        tokenizer = Tokenizer(self.options.layout.tokenizer)
+        return StreamedModel(self.configs, self.weights, family.PROMPT_TEMPLATE, tokenizer)
+
+    def write_graphs(self, journal: Journal | None) -> dict[str, Linears]:
         """The three graphs; returns how the linear layers of each were stored."""
         precision = self.options.precision
-        quantizer = RoundToNearest() if precision == "int4" else None
+
+        def quantizer(part: str) -> WeightQuantizer | None:
+            if precision != "int4":
+                return None
+            return RoundToNearest() if journal is None else JournalQuantizer(journal, part)
+
         # 300 and 600 columns gain nothing from groups, and the whole encoder is 4 MB: it stays fp16 in int4 bundles.
         linears = {
             MOLECULE_ENCODER: Linears("fp16" if precision == "int4" else precision),
             # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten.
-            PROTEIN_ENCODER: Linears(precision, quantizer, activations="fp32"),
-            DECODER: Linears(precision, quantizer, activations="int8"),
+            PROTEIN_ENCODER: Linears(precision, quantizer(PROTEIN_PART), activations="fp32"),
+            DECODER: Linears(precision, quantizer(DECODER_PART), activations="int8"),
         }
         self.report("molecule encoder")
         self._build(MOLECULE_ENCODER, lambda graph: build_gin(

@@ -1,17 +1,16 @@
 """Exported against source: the same questions through the graphs and through the source modules.
 
-Three things are measured. *Rounding* asks whether the stored weights are those of the checkpoint, to within the steps
+Two things are measured. *Rounding* asks whether the stored weights are those of the checkpoint, to within the steps
 of their precision. *Fidelity* asks whether the graphs compute what the source modules compute with the weights
 that are stored (dequantized, if need be), in float32; both have a tolerance, and an export beyond it does not finish.
-*Loss* is the difference that the stored precision itself makes, against the unquantized source and with the
-arithmetic that runs on a box; it is recorded, and judged on trained models only.
+What the stored precision itself costs is another question: see ``proof``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from .errors import ParityError
 from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
 from .graphs.linear import ACCURACY_LEVELS, Precision
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
-from .stored_model import ROUNDING_TOLERANCE, StoredModel, folded
+from .stored_model import ROUNDING_TOLERANCE, Chosen, StoredModel, folded
 
 # Largest difference over the largest magnitude, the same for every precision: both sides have the same weights.
 TOLERANCE = 1e-4
@@ -78,9 +77,18 @@ class Source:
 
 
 def measure(
-    bundle: Bundle, configs: Configs, weights: Weights, threads: int, report: Callable[[str], None]
+    bundle: Bundle,
+    configs: Configs,
+    weights: Weights,
+    threads: int,
+    report: Callable[[str], None],
+    chosen: Mapping[str, Chosen],
 ) -> dict[str, Any]:
     """The parity report of a staged bundle, for its manifest.
+
+    Args:
+        weights: tensors by their names in the checkpoint.
+        chosen: by part, matrices that a quantizer did not simply round.
 
     Raises:
         ParityError: fidelity beyond the tolerance, or a value that is not finite.
@@ -88,13 +96,13 @@ def measure(
     precision: Precision = bundle.manifest.precision  # type: ignore[assignment]
     if configs.llama.tied_head:
         weights = _with_head(weights)
-    original = stored = _source(configs, weights, report)
     rounding: dict[str, float] = {}
     if precision != "fp32":
         report("rounding of the stored weights")
         matrices = StoredModel(bundle)
-        rounding = matrices.rounding(configs, folded(weights))
-        stored = _source(configs, matrices.replacing(folded(weights)), report)
+        rounding = matrices.rounding(configs, folded(weights), chosen)
+        weights = matrices.replacing(folded(weights))
+    stored = _source(configs, weights, report)
     with _ExactArithmetic(bundle) as exact:
         fidelity = _fidelity(exact, stored, threads, report)
     _check(fidelity)
@@ -105,7 +113,6 @@ def measure(
     if precision != "fp32":
         result["rounding"] = rounding
         result["tolerance"]["rounding"] = ROUNDING_TOLERANCE
-        result["loss"] = _loss(bundle, original, threads, report)
     return result
 
 
@@ -121,24 +128,6 @@ def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[st
             "embeddings": _difference(prompt.embeddings, source.embeddings(prompt)),
             "logits": _difference(exported, expected),
             "cached_logits": _difference(_stepped_logits(decoder, prompt), expected[-_STEPS:]),
-        }
-    return figures
-
-
-def _loss(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    decoder = OnnxDecoder(bundle, threads=threads)
-    engine = Engine(bundle, decoder, threads=threads, allow_16bit=False)
-    for name, prompt in _prompts(engine).items():
-        report(f"loss against the unquantized source: {name}")
-        exported = _exported_logits(decoder, prompt.embeddings)
-        embeddings = source.embeddings(prompt)
-        expected = source.logits(embeddings)
-        figures[name] = {
-            "embeddings": _difference(prompt.embeddings, embeddings),
-            "logits": _difference(exported, expected),
-            "mean_kl": _rounded(_mean_kl(expected, exported)),
-            "top1_agreement": _rounded(float((exported.argmax(1) == expected.argmax(1)).mean())),
         }
     return figures
 
@@ -184,13 +173,6 @@ def _difference(exported: Array, expected: Array) -> float:
     if not (np.isfinite(exported).all() and np.isfinite(expected).all()):
         return math.inf
     return _rounded(float(np.abs(exported - expected).max() / np.abs(expected).max()))
-
-
-def _mean_kl(expected: Array, exported: Array) -> float:
-    """Mean over positions of KL(source || exported), in nats."""
-    log_p = torch.log_softmax(torch.from_numpy(expected).double(), -1)
-    log_q = torch.log_softmax(torch.from_numpy(exported).double(), -1)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0))
 
 
 def _rounded(value: float) -> float:

@@ -6,8 +6,8 @@ Folding is done here a second time and in another way than the exporter does it,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from .errors import ParityError
 from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, esm_tensors, gin_tensors, llama_tensors
 from .graphs.config import GinConfig
 from .graphs.stored import StoredWeights
+from .quantize.int4 import Int4Weight
 from .source_modules import Weights
 
 # Root mean square, in steps. Rounding to the nearest stays below 0.5; being off by one step everywhere is 1.
@@ -78,6 +79,14 @@ def _fused(weights: Weights, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     return fused[0].detach().float(), fused[1].detach().float()
 
 
+class Chosen(Protocol):
+    """Knows what a quantizer chose."""
+
+    def matrix(self, key: str) -> Int4Weight:
+        """The matrix called ``key`` in the graph."""
+        ...
+
+
 class StoredModel:
     """The matrices of a bundle by their names in the checkpoint."""
 
@@ -102,28 +111,38 @@ class StoredModel:
 
         return stored
 
-    def rounding(self, configs: Configs, weights: Weights) -> dict[str, float]:
+    def rounding(self, configs: Configs, weights: Weights, chosen: Mapping[str, Chosen]) -> dict[str, float]:
         """Root mean square of (stored - checkpoint), in steps of the stored precision: the worst matrix of each part.
 
         Args:
             weights: the checkpoint's, folded.
+            chosen: by part, where matrices are not the nearest to those of the checkpoint, what they must be.
 
         Raises:
-            ParityError: a matrix is not that of the checkpoint.
+            ParityError: a matrix is not that of the checkpoint, or not the chosen one.
         """
         stored, worst = self.replacing(weights), dict[str, float]()
         for part, key in self._matrices(configs):
             error = (stored(key) - weights(key).float()) / self._step(key).clamp(min=_SMALLEST_STEP)
             distance = float(error.square().mean().sqrt())
-            if not distance <= ROUNDING_TOLERANCE:
+            right = self._is_chosen(key, chosen[part]) if part in chosen else distance <= ROUNDING_TOLERANCE
+            if not right:
                 raise ParityError(
-                    f"the stored matrix '{key}' differs from the checkpoint by {distance:.2g} steps of its precision.",
+                    f"the stored matrix '{key}' differs from the checkpoint by {distance:.2g} steps of its precision"
+                    + (", and is not the one that was chosen." if part in chosen else "."),
                     seen=key,
                     limit=ROUNDING_TOLERANCE,
                     remedy="Nothing was written. Please report this.",
                 )
             worst[part] = max(worst.get(part, 0.0), float(f"{distance:.1e}"))
         return worst
+
+    def _is_chosen(self, key: str, chosen: Chosen) -> bool:
+        place = self._place(key)
+        if place is None:
+            raise KeyError(key)
+        found, wanted = place[0].int4(place[1]), chosen.matrix(place[1])
+        return torch.equal(found.packed, wanted.packed) and torch.equal(found.scales, wanted.scales)
 
     def _matrices(self, configs: Configs) -> Iterator[tuple[str, str]]:
         """Part of the bundle and checkpoint key of every matrix it holds."""

@@ -23,7 +23,7 @@ from biomedgpt_export.families.biomedgpt_10b import Layout
 
 
 def export(checkpoint: Path, out: Path, precision: str = "fp32") -> None:
-    options = ExportOptions(Layout.locate(checkpoint), out, precision)  # type: ignore[arg-type]
+    options = ExportOptions(Layout.locate(checkpoint), out, precision, "rtn", proof="none")  # type: ignore[arg-type]
     export_bundle(options, lambda line: None)
 
 
@@ -205,11 +205,11 @@ def test_a_failure_at_any_step_leaves_nothing_and_the_next_export_works(
 
 def test_a_failure_of_whoever_watches_the_progress_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
     def report(line: str) -> None:
-        if line.startswith("loss"):
+        if line.startswith("comparing"):
             raise BrokenPipeError(32, "Broken pipe")
 
     with pytest.raises(ExportError, match="Broken pipe"):
-        export_bundle(ExportOptions(Layout.locate(tiny_checkpoint), tmp_path / "bundle", "int4"), report)
+        export_bundle(ExportOptions(Layout.locate(tiny_checkpoint), tmp_path / "bundle", "int4", "rtn"), report)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ Patch = pytest.MonkeyPatch
 
 
 def export(checkpoint: Path, out: Path, precision: str) -> None:
-    options = ExportOptions(Layout.locate(checkpoint), out, precision)  # type: ignore[arg-type]
+    options = ExportOptions(Layout.locate(checkpoint), out, precision, "rtn", proof="none")  # type: ignore[arg-type]
     export_bundle(options, lambda line: None)
 
 

@@ -26,15 +26,16 @@ class StoredWeights:
         """The matrix of the linear layer ``name``, float32 ``[N, K]``, dequantized if need be."""
         if f"{name}.weight" in self._tensors:
             return torch.from_numpy(self._array(f"{name}.weight").T.astype(np.float32))
-        return self._int4_weight(name).dequantize()
+        return self.int4(name).dequantize()
 
     def step(self, name: str) -> torch.Tensor:
         """Distance of neighbouring stored values around each weight of ``name``, float32 ``[N, K]``."""
         if f"{name}.weight" in self._tensors:
             return torch.from_numpy(np.spacing(np.abs(self._array(f"{name}.weight").T)).astype(np.float32))
-        return self._int4_weight(name).steps()
+        return self.int4(name).steps()
 
-    def _int4_weight(self, name: str) -> Int4Weight:
+    def int4(self, name: str) -> Int4Weight:
+        """The linear layer ``name``, which is stored in groups."""
         packed_name = f"{name}.weight_int4"
         attributes = {a.name: a.i for a in self._int4[packed_name].attribute}
         packed = torch.from_numpy(self._array(packed_name).copy())

@@ -1,0 +1,63 @@
+"""From questions with answers to the int4 matrices of a whole BioMedGPT-10B, by GPTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from biomedgpt_edge import Protein
+
+from .calibration import Example
+from .errors import CalibrationError
+from .quantize.gptq import GptqOptions
+from .quantize.journal import Journal
+from .quantize.layerwise import Layerwise
+from .streamed_model import DECODER_PART, StreamedModel, Text
+
+Report = Callable[[str], None]
+
+
+def quantize_model(
+    model: StreamedModel, examples: Sequence[Example], journal: Journal, options: GptqOptions, report: Report
+) -> None:
+    """Fills the journal with the matrices of the protein encoder, the decoder's layers and its head.
+
+    Calibration has soft tokens in it: they differ from word embeddings in scale, and text alone would not do for them.
+
+    Args:
+        model: computes with the checkpoint's matrices, which are quantized on the way.
+
+    Raises:
+        CalibrationError: no example has a protein, or one is longer than the decoder's context.
+        QuantizationError: a matrix cannot be quantized.
+    """
+    if not any(isinstance(item, Protein) for example in examples for item in example.inputs):
+        raise CalibrationError(
+            "none of the calibration questions has a protein, and the protein encoder cannot be calibrated without.",
+            remedy="Add lines with 'sequence'.",
+        )
+    texts = [Text(example, example.answer_ids(model.tokenizer)) for example in examples]
+    _check_lengths(model, texts)
+    layerwise = Layerwise(journal, options, report)
+    model = replace(model, walk=layerwise.layers)
+    rows = model.embedded(texts)
+    lengths = [len(one) for one in rows]
+    report(f"calibrating the decoder on {len(lengths)} prompts, {sum(lengths)} positions")
+    llama, weights = model.decoder()
+    hidden = layerwise.layers(DECODER_PART, llama, weights, torch.cat(rows), lengths)
+    layerwise.head(DECODER_PART, llama, weights, llama.normed(hidden))
+
+
+def _check_lengths(model: StreamedModel, texts: Sequence[Text]) -> None:
+    context = model.configs.llama.context
+    for number, text in enumerate(texts, 1):
+        length = sum(map(len, text.example.segments(model.template, model.tokenizer))) + len(text.ids)
+        if length > context:
+            raise CalibrationError(
+                f"calibration question {number} takes {length} positions with its answer.",
+                seen=length,
+                limit=context,
+                remedy="Shorten its answer or its protein.",
+            )

@@ -1,0 +1,100 @@
+"""Questions with answers that a model is run on while it is quantized, or compared with its quantized form.
+
+A file has one JSON object per line: ``question``, and where there are some ``answer`` and ``smiles`` or ``sequence``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from biomedgpt_edge import Molecule, Protein
+from biomedgpt_edge.errors import BioMedGPTError
+from biomedgpt_edge.prompt import Input, PromptTemplate, Segment, Turn, build_prompt
+from biomedgpt_edge.tokenizer import Tokenizer
+
+from .errors import CalibrationError
+
+_FOLDER = Path(__file__).parent / "questions"
+CALIBRATION, PROOF = _FOLDER / "calibration.jsonl", _FOLDER / "proof.jsonl"
+
+MAX_BYTES = 64 << 20
+_FIELDS = ("question", "answer", "smiles", "sequence")
+_LINES_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, what is given with it, and its answer, which may be empty."""
+
+    question: str
+    inputs: tuple[Input, ...]
+    answer: str
+
+    def segments(self, template: PromptTemplate, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+        """The prompt, as the runtime reads it."""
+        return build_prompt(template, [Turn(self.question, self.inputs)], tokenizer).segments
+
+    def answer_ids(self, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+        """Ids of the answer and EOS, int64 ``[A]``; none where there is no answer."""
+        return np.array([*tokenizer.encode(self.answer), tokenizer.eos_id] if self.answer else [], np.int64)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Every line of a file.
+
+    Raises:
+        CalibrationError: the file cannot be read, is empty or too large, or lines of it cannot be used (they are named
+            by number).
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CalibrationError(f"{path} is too large.", seen=path.stat().st_size, limit=MAX_BYTES)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}.", seen=str(path)) from error
+    examples, problems = list[Example](), list[str]()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                examples.append(_example(line))
+            except (ValueError, RecursionError, BioMedGPTError) as error:
+                problems.append(f"line {number}: {error}")
+    if problems:
+        named = "\n  ".join(problems[:_LINES_NAMED])
+        more = f"\n  and {len(problems) - _LINES_NAMED} more" if len(problems) > _LINES_NAMED else ""
+        raise CalibrationError(
+            f"{len(problems)} of the lines of {path} cannot be used:\n  {named}{more}\n",
+            seen=len(problems),
+            remedy="Each line is a JSON object with 'question' and, where there are some, 'answer' and 'smiles' or "
+            "'sequence'.",
+        )
+    if not examples:
+        raise CalibrationError(f"{path} holds no questions.", seen=str(path), remedy="Give at least one line.")
+    return examples
+
+
+def _example(line: str) -> Example:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    unknown = [name for name in fields if name not in _FIELDS]
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}; there are {', '.join(_FIELDS)}")
+    wrong = [name for name, value in fields.items() if not isinstance(value, str) or not value.strip()]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not text, or empty")
+    if "question" not in fields:
+        raise ValueError("'question' is missing")
+    if "smiles" in fields and "sequence" in fields:
+        raise ValueError("both 'smiles' and 'sequence' are given")
+    inputs: tuple[Input, ...] = ()
+    if "smiles" in fields:
+        inputs = (Molecule.from_smiles(fields["smiles"]),)
+    elif "sequence" in fields:
+        inputs = (Protein.from_sequence(fields["sequence"]),)
+    return Example(fields["question"], inputs, fields.get("answer", ""))
