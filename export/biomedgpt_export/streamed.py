@@ -10,7 +10,6 @@ Sequences lie one after another in the rows of ``[N, hidden]``; attention is wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,34 +17,10 @@ import torch.nn.functional as F
 
 from .graphs.config import EsmConfig, LlamaConfig
 from .graphs.decoder import rope_tables
-
-Weights = Callable[[str], torch.Tensor]
+from .graphs.matrices import HEAD, Matrix, Weights, esm_matrices, llama_matrices
 
 # Rows whose wide intermediate results are in memory at once.
 _ROWS_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A linear layer of a graph.
-
-    Attributes:
-        name: in the graph.
-        modules: of the checkpoint, whose rows it stacks.
-        bias: whether they have one.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    bias: bool = False
-
-    def weight(self, weights: Weights) -> torch.Tensor:
-        """float32 ``[N, K]``."""
-        return torch.cat([weights(f"{module}.weight").float() for module in self.modules])
-
-    def bias_vector(self, weights: Weights) -> torch.Tensor | None:
-        """float32 ``[N]``, where there is one."""
-        return torch.cat([weights(f"{module}.bias").float() for module in self.modules]) if self.bias else None
 
 
 # Multiplies rows [n, K] by one matrix and adds its bias.
@@ -71,7 +46,8 @@ class ExactStep:
 
 
 def product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """``rows @ weight.T + bias``."""
+    """``rows @ weight.T + bias``, in float32."""
+    weight, bias = weight.float(), None if bias is None else bias.float()
     return lambda rows: F.linear(rows, weight, bias)
 
 
@@ -86,22 +62,25 @@ class StreamedLlama:
         self.layers = config.layers
         self._config = config
         self._weights = weights
+        self._matrices = llama_matrices(config)
 
     @torch.inference_mode()
     def layer(self, index: int, hidden: torch.Tensor, lengths: Sequence[int], step: LinearStep) -> torch.Tensor:
         """The residual stream float32 ``[N, hidden]`` after layer ``index``."""
-        config, name, key = self._config, f"layers.{index}", f"model.layers.{index}"
-        bias = config.attention_bias
+        name, key = f"layers.{index}", f"model.layers.{index}"
+
+        def matrices(*parts: str) -> list[Matrix]:
+            return [self._matrices[f"{name}.{part}_proj"] for part in parts]
+
         normed = self._normed(hidden, f"{key}.input_layernorm")
-        projections = tuple(f"{key}.self_attn.{part}_proj" for part in "qkv")
-        (project,) = step([Matrix(f"{name}.qkv_proj", projections, bias)], normed)
+        (project,) = step(matrices("qkv"), normed)
         attended = self._attended(project(normed), lengths)
-        (output,) = step([Matrix(f"{name}.o_proj", (f"{key}.self_attn.o_proj",), bias)], attended)
+        (output,) = step(matrices("o"), attended)
         hidden = hidden + output(attended)
         normed = self._normed(hidden, f"{key}.post_attention_layernorm")
-        gate, up = step([Matrix(f"{name}.{part}_proj", (f"{key}.mlp.{part}_proj",)) for part in ("gate", "up")], normed)
+        gate, up = step(matrices("gate", "up"), normed)
         gated = torch.cat([F.silu(gate(rows)) * up(rows) for rows in normed.split(_ROWS_AT_ONCE)])
-        (down,) = step([Matrix(f"{name}.down_proj", (f"{key}.mlp.down_proj",))], gated)
+        (down,) = step(matrices("down"), gated)
         return hidden + down(gated)
 
     @torch.inference_mode()
@@ -111,7 +90,7 @@ class StreamedLlama:
 
     def head(self) -> Matrix:
         """The head, which is the embedding table where that is tied."""
-        return Matrix("lm_head", ("model.embed_tokens" if self._config.tied_head else "lm_head",))
+        return self._matrices[HEAD]
 
     def _normed(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         gain = self._weights(f"{name}.weight").float()
@@ -134,6 +113,7 @@ class StreamedEsm:
         self.layers = config.layers
         self._config = config
         self._weights = weights
+        self._matrices = esm_matrices(config)
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """float32 ``[N, hidden]`` of residue ids int64 ``[N]`` without masked ones."""
@@ -145,21 +125,20 @@ class StreamedEsm:
         """The residual stream float32 ``[N, hidden]`` after layer ``index``."""
         name, key = f"layers.{index}", f"encoder.layer.{index}"
 
-        def linear(part: str, module: str) -> Matrix:
-            return Matrix(f"{name}.{part}", (f"{key}.{module}",), bias=True)
+        def matrices(*parts: str) -> list[Matrix]:
+            return [self._matrices[f"{name}.{part}"] for part in parts]
 
         normed = self._normed(hidden, f"{key}.attention.LayerNorm")
-        parts = ("query", "key", "value")
-        projections = step([linear(part, f"attention.self.{part}") for part in parts], normed)
+        projections = step(matrices("query", "key", "value"), normed)
         attended = _attention(
             [project(normed) for project in projections], lengths, self._config.head_size, self._config.rope_base
         )
-        (output,) = step([linear("attention_output", "attention.output.dense")], attended)
+        (output,) = step(matrices("attention_output"), attended)
         hidden = hidden + output(attended)
         normed = self._normed(hidden, f"{key}.LayerNorm")
-        (widen,) = step([linear("intermediate", "intermediate.dense")], normed)
+        (widen,) = step(matrices("intermediate"), normed)
         inner = torch.cat([F.gelu(widen(rows)) for rows in normed.split(_ROWS_AT_ONCE)])
-        (narrow,) = step([linear("output", "output.dense")], inner)
+        (narrow,) = step(matrices("output"), inner)
         return hidden + narrow(inner)
 
     @torch.inference_mode()

@@ -21,8 +21,9 @@ from biomedgpt_edge.tokenizer import Tokenizer
 
 from .calibration import Example
 from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
+from .graphs.matrices import Weights
 from .source_modules import SourceGin
-from .streamed import ExactStep, StreamedEsm, StreamedLlama, Weights
+from .streamed import ExactStep, StreamedEsm, StreamedLlama
 
 # Parts of the model that are walked through layer by layer.
 PARTS = DECODER_PART, PROTEIN_PART = "decoder", "protein_encoder"

@@ -30,6 +30,7 @@ from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import LlamaConfig
 from biomedgpt_export.graphs.decoder import build_decoder
 from biomedgpt_export.graphs.linear import Activations, Linears
+from biomedgpt_export.graphs.matrices import llama_matrices
 from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.quantize.imported import ImportedWeights, to_int4
 from biomedgpt_export.quantize.rtn import RoundToNearest
@@ -294,22 +295,12 @@ def test_gptqmodel_dequantizes_its_own_checkpoints_to_the_same_bytes(name: str) 
         assert checkpoint.dtype("lm_head.weight") == "bfloat16"
 
 
-def decoder_sources(name: str) -> list[str]:
-    """The matrices of ``LlamaForCausalLM`` in a linear layer of the decoder graph."""
-    layer, _, part = name.rpartition(".")
-    if not layer:
-        return [f"{part}.weight"]
-    block = "self_attn" if part in ("qkv_proj", "o_proj") else "mlp"
-    parts = [f"{letter}_proj" for letter in "qkv"] if part == "qkv_proj" else [part]
-    return [f"model.{layer}.{block}.{part}.weight" for part in parts]
-
-
 @pytest.mark.parametrize("name", WRITTEN_BY_GPTQMODEL)
 def test_a_decoder_computes_with_the_checkpoints_own_weights(tmp_path: Path, name: str) -> None:
     config = LlamaConfig.read(DATA / name / "config.json")
     graph = GraphBuilder(tmp_path / "decoder.onnx")
     with open_gptq(DATA / name) as checkpoint:
-        imported = ImportedWeights(checkpoint, RoundToNearest(), decoder_sources)
+        imported = ImportedWeights(checkpoint, RoundToNearest(), lambda name: llama_matrices(config)[name].keys)
         linears = Linears("int4", imported)
         build_decoder(graph, config, config.vocabulary, checkpoint.tensor, linears, lambda line: None)
         graph.save()

@@ -15,8 +15,8 @@ from onnx import TensorProto
 from .builder import CONTRIB, GraphBuilder
 from .config import LlamaConfig
 from .linear import Linears
+from .matrices import HEAD, Matrix, Weights, llama_matrices
 
-Weights = Callable[[str], torch.Tensor]
 Report = Callable[[str], None]
 
 
@@ -39,15 +39,15 @@ def build_decoder(
     graph.input("seqlens_k", TensorProto.INT32, [1])
     graph.input("total_sequence_length", TensorProto.INT32, [])
     _add_rope_tables(graph, config)
+    matrices = llama_matrices(config)
     normed = _norm(graph, "layers.0.input_layernorm", hidden, weights("model.layers.0.input_layernorm.weight"), config)
     for layer in range(config.layers):
         last = layer + 1 == config.layers
         next_norm = "model.norm" if last else f"model.layers.{layer + 1}.input_layernorm"
-        hidden, normed = _layer(graph, config, layer, hidden, normed, next_norm, weights, linears)
+        hidden, normed = _layer(graph, config, layer, hidden, normed, next_norm, weights, linears, matrices)
         report(f"decoder layer {layer + 1} of {config.layers}")
     picked = graph.node("Gather", [normed, wanted], "picked", axis=1)
-    head = weights("model.embed_tokens.weight" if config.tied_head else "lm_head.weight")
-    logits = linears.emit(graph, picked, "lm_head", head)
+    logits = linears.emit_matrix(graph, picked, matrices[HEAD], weights)
     graph.node("Squeeze", [logits, graph.tensor("axis_0", np.array([0], np.int64))], "logits")
     graph.output("logits", TensorProto.FLOAT, ["logits", rows])
 
@@ -61,28 +61,32 @@ def _layer(
     next_norm: str,
     weights: Weights,
     linears: Linears,
+    matrices: dict[str, Matrix],
 ) -> tuple[str, str]:
     """One decoder layer; returns the residual stream after it and that stream normed for what follows."""
     name, key = f"layers.{layer}", f"model.layers.{layer}"
-    attended = _attention(graph, config, layer, normed, weights, linears)
+    attended = _attention(graph, config, layer, normed, weights, linears, matrices)
     gain = weights(f"{key}.post_attention_layernorm.weight")
     residual, normed = _add_and_norm(graph, f"{name}.post_attention_layernorm", residual, attended, gain, config)
-    gate = linears.emit(graph, normed, f"{name}.gate_proj", weights(f"{key}.mlp.gate_proj.weight"))
-    up = linears.emit(graph, normed, f"{name}.up_proj", weights(f"{key}.mlp.up_proj.weight"))
+    gate, up = (linears.emit_matrix(graph, normed, matrices[f"{name}.{part}_proj"], weights) for part in ("gate", "up"))
     # QuickGelu with alpha 1 is SiLU, x * sigmoid(x), in one pass.
     gated = graph.node("QuickGelu", [gate], f"{name}.silu", domain=CONTRIB, alpha=1.0)
     gated = graph.node("Mul", [gated, up], f"{name}.gated")
-    down = linears.emit(graph, gated, f"{name}.down_proj", weights(f"{key}.mlp.down_proj.weight"))
+    down = linears.emit_matrix(graph, gated, matrices[f"{name}.down_proj"], weights)
     return _add_and_norm(graph, f"{name}.next_layernorm", residual, down, weights(f"{next_norm}.weight"), config)
 
 
 def _attention(
-    graph: GraphBuilder, config: LlamaConfig, layer: int, normed: str, weights: Weights, linears: Linears
+    graph: GraphBuilder,
+    config: LlamaConfig,
+    layer: int,
+    normed: str,
+    weights: Weights,
+    linears: Linears,
+    matrices: dict[str, Matrix],
 ) -> str:
-    name, key = f"layers.{layer}", f"model.layers.{layer}.self_attn"
-    packed = torch.cat([weights(f"{key}.{part}_proj.weight") for part in "qkv"])
-    bias = torch.cat([weights(f"{key}.{part}_proj.bias") for part in "qkv"]) if config.attention_bias else None
-    qkv = linears.emit(graph, normed, f"{name}.qkv_proj", packed, bias)
+    name = f"layers.{layer}"
+    qkv = linears.emit_matrix(graph, normed, matrices[f"{name}.qkv_proj"], weights)
     shape: list[int | str] = [1, config.kv_heads, "capacity", config.head_size]
     past = [graph.input(f"past_{part}.{layer}", TensorProto.FLOAT, shape) for part in ("key", "value")]
     graph.node(
@@ -98,9 +102,7 @@ def _attention(
     graph.rename_outputs(f"{name}.attention", [f"{name}.attention", f"present_key.{layer}", f"present_value.{layer}"])
     for part in ("key", "value"):
         graph.output(f"present_{part}.{layer}", TensorProto.FLOAT, shape)
-    # With attention_bias, transformers' Llama has a bias on all four projections.
-    bias = weights(f"{key}.o_proj.bias") if config.attention_bias else None
-    return linears.emit(graph, f"{name}.attention", f"{name}.o_proj", weights(f"{key}.o_proj.weight"), bias)
+    return linears.emit_matrix(graph, f"{name}.attention", matrices[f"{name}.o_proj"], weights)
 
 
 def _norm(graph: GraphBuilder, name: str, source: str, weight: torch.Tensor, config: LlamaConfig) -> str:

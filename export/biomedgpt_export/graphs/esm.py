@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from onnx import TensorProto
 
 from .builder import CONTRIB, GraphBuilder
 from .config import EsmConfig
-from .decoder import Report, Weights, rope_tables
+from .decoder import Report, rope_tables
 from .linear import Linears
+from .matrices import Matrix, Weights, esm_matrices
 
 
 def build_esm(graph: GraphBuilder, config: EsmConfig, weights: Weights, linears: Linears, report: Report) -> None:
@@ -30,15 +30,16 @@ def build_esm(graph: GraphBuilder, config: EsmConfig, weights: Weights, linears:
     graph.tensor("rope_cos", cos)
     graph.tensor("rope_sin", sin)
     graph.tensor("first_position", np.array([0], np.int64))
+    matrices = esm_matrices(config)
     for layer in range(config.layers):
         name, key = f"layers.{layer}", f"encoder.layer.{layer}"
         normed = _norm(graph, f"{name}.attention_norm", hidden, f"{key}.attention.LayerNorm", config, weights)
-        attended = _attention(graph, config, name, f"{key}.attention", normed, weights, linears)
+        attended = _attention(graph, config, name, normed, weights, linears, matrices)
         hidden = graph.node("Add", [hidden, attended], f"{name}.after_attention")
         normed = _norm(graph, f"{name}.ffn_norm", hidden, f"{key}.LayerNorm", config, weights)
-        inner = _linear(graph, normed, f"{name}.intermediate", f"{key}.intermediate.dense", weights, linears)
+        inner = linears.emit_matrix(graph, normed, matrices[f"{name}.intermediate"], weights)
         inner = graph.node("Gelu", [inner], f"{name}.gelu", domain=CONTRIB)
-        outer = _linear(graph, inner, f"{name}.output", f"{key}.output.dense", weights, linears)
+        outer = linears.emit_matrix(graph, inner, matrices[f"{name}.output"], weights)
         last = layer + 1 == config.layers
         hidden = graph.node("Add", [hidden, outer], "residue_features" if last else f"{name}.after_ffn")
         report(f"protein encoder layer {layer + 1} of {config.layers}")
@@ -46,28 +47,28 @@ def build_esm(graph: GraphBuilder, config: EsmConfig, weights: Weights, linears:
 
 
 def _attention(
-    graph: GraphBuilder, config: EsmConfig, name: str, key: str, normed: str, weights: Weights, linears: Linears
+    graph: GraphBuilder,
+    config: EsmConfig,
+    name: str,
+    normed: str,
+    weights: Weights,
+    linears: Linears,
+    matrices: dict[str, Matrix],
 ) -> str:
-    query, key_states, value = (
-        _linear(graph, normed, f"{name}.{part}", f"{key}.self.{part}", weights, linears)
-        for part in ("query", "key", "value")
+    query, key, value = (
+        linears.emit_matrix(graph, normed, matrices[f"{name}.{part}"], weights) for part in ("query", "key", "value")
     )
     rotated = [
         graph.node(
             "RotaryEmbedding", [source, "first_position", "rope_cos", "rope_sin"], f"{source}.rotated", domain=CONTRIB
         )
-        for source in (query, key_states)
+        for source in (query, key)
     ]
     # ESM scales the query before rotating it; rotation is linear, so scaling the product afterwards is the same.
     attended = graph.node(
         "MultiHeadAttention", [*rotated, value], f"{name}.attention", domain=CONTRIB, num_heads=config.heads
     )
-    return _linear(graph, attended, f"{name}.attention_output", f"{key}.output.dense", weights, linears)
-
-
-def _linear(graph: GraphBuilder, source: str, name: str, key: str, weights: Weights, linears: Linears) -> str:
-    weight: torch.Tensor = weights(f"{key}.weight")
-    return linears.emit(graph, source, name, weight, weights(f"{key}.bias"))
+    return linears.emit_matrix(graph, attended, matrices[f"{name}.attention_output"], weights)
 
 
 def _norm(graph: GraphBuilder, name: str, source: str, key: str, config: EsmConfig, weights: Weights) -> str:

@@ -13,8 +13,8 @@ from biomedgpt_edge.molecule_graph import BOND_DIRECTIONS, BOND_TYPES
 
 from .builder import GraphBuilder
 from .config import GinConfig
-from .decoder import Weights
 from .linear import Linears
+from .matrices import Weights
 
 
 def build_gin(graph: GraphBuilder, config: GinConfig, weights: Weights, linears: Linears) -> None:

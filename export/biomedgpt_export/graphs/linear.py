@@ -11,6 +11,7 @@ import torch
 
 from ..quantize.int4 import Int4Weight, WeightQuantizer
 from .builder import CONTRIB, GraphBuilder
+from .matrices import Matrix, Weights
 
 Precision = Literal["fp32", "fp16", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int4")
@@ -59,6 +60,10 @@ class Linears:
         if bias is None:
             return product
         return graph.node("Add", [product, graph.tensor(f"{name}.bias", bias.float().numpy())], f"{name}.sum")
+
+    def emit_matrix(self, graph: GraphBuilder, source: str, matrix: Matrix, weights: Weights) -> str:
+        """The same for a matrix that is found in a checkpoint."""
+        return self.emit(graph, source, matrix.name, matrix.weight(weights), matrix.bias_vector(weights))
 
     def _plain(self, weight: torch.Tensor) -> np.ndarray:
         dtype = torch.float32 if self.precision == "fp32" else torch.float16

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..streamed import LinearStep, Matrix, Product, StreamedEsm, StreamedLlama, Weights, product
+from ..graphs.matrices import HEAD, Matrix, Weights
+from ..streamed import LinearStep, Product, StreamedEsm, StreamedLlama, product
 from .gptq import GptqOptions, Hessian, gptq
 from .int4 import Int4Weight
 from .journal import Journal, Unit
@@ -20,7 +21,6 @@ from .journal import Journal, Unit
 Report = Callable[[str], None]
 
 _ROWS_AT_ONCE = 4096
-HEAD = "lm_head"
 
 
 class _GptqStep:
