@@ -98,6 +98,8 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", choices=[FAMILY], required=True, help="the model family to imitate")
     parser.add_argument("--scale", choices=sorted(SCALES), required=True, help="how large")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the decoder, instead of those of the scale")
+    parser.add_argument("--protein-layers", type=int, metavar="N", help="of the protein encoder, likewise")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     parser.set_defaults(run=_run_synthesize)
 
@@ -141,7 +143,14 @@ def _run_compare(options: argparse.Namespace) -> None:
 
 
 def _run_synthesize(options: argparse.Namespace) -> None:
-    synthesize(options.out, scale=options.scale, seed=options.seed, report=_report)
+    synthesize(
+        options.out,
+        scale=options.scale,
+        seed=options.seed,
+        report=_report,
+        layers=options.layers,
+        protein_layers=options.protein_layers,
+    )
 
 
 def _report(text: str) -> None:

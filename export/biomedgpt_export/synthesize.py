@@ -10,6 +10,7 @@ does not grow with the scale.
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
@@ -19,7 +20,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,7 @@ from .families.release_files import ESM_POSITIONS, ReleaseSizes, side_files
 
 _BLOCK_VALUES = 1 << 20
 _MAX_SEED = 1 << 64
+_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,18 @@ SCALES = {
         esm_layers=2,
         esm_heads=4,
         esm_ffn=256,
+    ),
+    "full": Scale(
+        hidden=4096,
+        layers=32,
+        heads=32,
+        ffn=11008,
+        positions=2048,
+        pieces=32000,
+        esm_hidden=2560,
+        esm_layers=36,
+        esm_heads=40,
+        esm_ffn=10240,
     ),
 }
 
@@ -111,13 +125,22 @@ class TensorSpec:
         return self.elements * np.dtype(self.dtype).itemsize
 
 
-def synthesize(out: Path, *, scale: str, seed: int, report: Callable[[str], None]) -> None:
+def synthesize(
+    out: Path,
+    *,
+    scale: str,
+    seed: int,
+    report: Callable[[str], None],
+    layers: int | None = None,
+    protein_layers: int | None = None,
+) -> None:
     """Write a random checkpoint of the given scale to a new folder.
 
     Args:
         out: the folder to make; its parents are made too.
         scale: a key of :data:`SCALES`.
         seed: what the values depend on; the tokenizer and the configurations do not.
+        layers, protein_layers: of the decoder and of the protein encoder, if fewer or more than the scale has.
         report: takes a line of progress per file.
 
     Raises:
@@ -126,6 +149,12 @@ def synthesize(out: Path, *, scale: str, seed: int, report: Callable[[str], None
     """
     if scale not in SCALES:
         raise ExportError(f"There is no scale {scale!r}.", seen=scale, remedy=f"Known: {', '.join(sorted(SCALES))}.")
+    sizes = SCALES[scale]
+    sizes = replace(sizes, layers=layers or sizes.layers, esm_layers=protein_layers or sizes.esm_layers)
+    if not (0 < sizes.layers <= _MAX_LAYERS and 0 < sizes.esm_layers <= _MAX_LAYERS):
+        raise ExportError(
+            "The number of layers is out of range.", seen=[sizes.layers, sizes.esm_layers], limit=f"1 to {_MAX_LAYERS}"
+        )
     if not 0 <= seed < _MAX_SEED:
         raise ExportError("The seed must be a non-negative integer below 2^64.", seen=seed, limit=_MAX_SEED - 1)
     if os.path.lexists(out):
@@ -133,7 +162,7 @@ def synthesize(out: Path, *, scale: str, seed: int, report: Callable[[str], None
     staging = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         staging.mkdir(parents=True)
-        _write_all(staging, SCALES[scale], seed, report)
+        _write_all(staging, sizes, seed, report)
         # rename() replaces an empty folder without a word, so this cannot rest on the check above alone.
         if os.path.lexists(out):
             raise OutputExistsError(f"{out} appeared in the meantime.", seen=str(out))
@@ -377,11 +406,29 @@ def _integers(values: tuple[int, ...]) -> bytes:
 
 
 def train_tokenizer(pieces: int) -> bytes:
-    """A SentencePiece model with the settings of Llama's, learnt from the text below.
+    """A SentencePiece model with the settings of Llama's, learnt from the text below as far as that goes.
 
     Raises:
-        ExportError: the text does not yield that many pieces.
+        ExportError: the text does not yield pieces.
     """
+    learnt = _learnt_tokenizer(min(pieces, _LEARNT_PIECES))
+    return learnt if pieces <= _LEARNT_PIECES else _padded_tokenizer(learnt, pieces)
+
+
+def _padded_tokenizer(learnt: bytes, pieces: int) -> bytes:
+    """The same with pieces that no text has: no two neighbours merge into the beginning of one."""
+    # Generated code, of which type checkers know nothing.
+    format_of_models = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    model = format_of_models.ModelProto.FromString(learnt)
+    lowest = min(piece.score for piece in model.pieces)
+    for number in range(len(model.pieces), pieces):
+        model.pieces.add(piece=f"\N{LEFT WHITE SQUARE BRACKET}{number}", score=lowest - 1)
+    model.trainer_spec.vocab_size = pieces
+    padded: bytes = model.SerializeToString(deterministic=True)
+    return padded
+
+
+def _learnt_tokenizer(pieces: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -410,6 +457,8 @@ def train_tokenizer(pieces: int) -> bytes:
     return model.getvalue()
 
 
+# About as many as the text yields.
+_LEARNT_PIECES = 1000
 _TEXT = """
 You are working as an excellent assistant in chemistry and molecule discovery. Below a human expert gives
 the representation of a molecule or a protein. Answer questions about it. ### Human: <molecule></molecule>

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from biomedgpt_export import synthesize as module
@@ -345,3 +346,38 @@ def test_activations_stay_sane(release: Path, state: dict[str, torch.Tensor]) ->
     assert 0.5 < features.std() < 2
     embedded = state["llm.model.embed_tokens.weight"].float().std()
     assert math.isclose(soft_tokens.std(), embedded, rel_tol=0.5)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_full_scale_is_that_of_the_release() -> None:
+    specs = module.tensor_specs(SCALES["full"])
+    buffers = ("position_ids", "num_batches_tracked", "inv_freq", "running_mean", "running_var")
+    assert sum(spec.elements for spec in specs if not spec.name.endswith(buffers)) == 9_593_631_501
+    assert 19.1e9 < sum(spec.nbytes for spec in specs) < 19.3e9
+
+
+def test_layers_can_be_left_out_or_added(tmp_path: Path) -> None:
+    synthesize(tmp_path / "few", scale="tiny", seed=0, report=lambda line: None, layers=1, protein_layers=3)
+    with open_checkpoint(tmp_path / "few" / WEIGHTS) as checkpoint:
+        keys = checkpoint.keys()
+    assert {key.split(".")[3] for key in keys if key.startswith("llm.model.layers.")} == {"0"}
+    assert {key.split(".")[3] for key in keys if key.startswith("prot_structure_encoder.encoder.layer.")} == set("012")
+    assert json.loads((tmp_path / "few" / TEXT / "config.json").read_text())["num_hidden_layers"] == 1
+    for layers in (-1, 1001):
+        with pytest.raises(ExportError, match="layers"):
+            synthesize(tmp_path / "none", scale="tiny", seed=0, report=lambda line: None, layers=layers)
+
+
+def test_a_tokenizer_of_llamas_size_reads_as_the_small_one_does() -> None:
+    small, large = (module.train_tokenizer(pieces) for pieces in (1000, 32000))
+    processors = [sentencepiece.SentencePieceProcessor(model_proto=model) for model in (small, large)]
+    assert [one.vocab_size() for one in processors] == [1000, 32000]
+    for text in (
+        "The molecule is aspirin.",
+        "\N{LEFT WHITE SQUARE BRACKET}1000 \N{LEFT WHITE SQUARE BRACKET}7",
+        "  a",
+        "é",
+    ):
+        assert processors[0].encode(text) == processors[1].encode(text)
