@@ -305,7 +305,8 @@ def differing(one: Path, other: Path) -> list[str]:
 def test_the_same_export_gives_the_same_bytes(
     tiny_checkpoint: Path, tiny_bundles: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:
-    export(tiny_checkpoint, tmp_path / "again", precision)
+    options = ExportOptions(Layout.locate(tiny_checkpoint), tmp_path / "again", precision)  # type: ignore[arg-type]
+    export_bundle(options, lambda line: None)
     assert differing(tiny_bundles(precision), tmp_path / "again") == []
 
 
