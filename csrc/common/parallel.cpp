@@ -1,6 +1,7 @@
 #include "common/parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace biomedgpt {
 namespace {
@@ -30,6 +32,32 @@ class SignalsBlocked {
     sigset_t before_;
 };
 
+// The processors that the calling thread may use, and among them the one it runs on. A thread that is woken tends to be
+// put on the processor of the one that wakes it, and stays there until the scheduler notices, which takes milliseconds
+// (measured: 0.3 to 4, against 0.07 for a thread that may not go there).
+class Processors {
+  public:
+    Processors() {
+        CPU_ZERO(&allowed_);
+        const int current = sched_getcpu();
+        known_ = current >= 0 && sched_getaffinity(0, sizeof allowed_, &allowed_) == 0;
+        others_ = allowed_;
+        if (known_) CPU_CLR(static_cast<size_t>(current), &others_);
+    }
+
+    // Not knowing, or having one processor alone, is no reason to fail: the scheduler decides then.
+    void leave_to_caller(pthread_t thread) const {
+        if (known_ && CPU_COUNT(&others_) > 0) pthread_setaffinity_np(thread, sizeof others_, &others_);
+    }
+    void share(pthread_t thread) const {
+        if (known_) pthread_setaffinity_np(thread, sizeof allowed_, &allowed_);
+    }
+
+  private:
+    cpu_set_t allowed_, others_;
+    bool known_;
+};
+
 // Threads that sleep on a condition variable between jobs. They do not spin: ONNX Runtime's own threads need the
 // processors as soon as a job is done.
 class Pool {
@@ -39,6 +67,8 @@ class Pool {
         const std::unique_lock<std::mutex> mine(in_use_, std::try_to_lock);
         if (!mine.owns_lock()) return false;
         const int helped = grow(parts - 1);
+        const Processors processors;
+        for (int i = 0; i < helped; ++i) processors.leave_to_caller(handles_[static_cast<size_t>(i)]);
         {
             const std::lock_guard<std::mutex> lock(state_);
             body_ = &body;
@@ -50,6 +80,7 @@ class Pool {
         body(0);
         // The system had no thread to give for these: slower, and the same result.
         for (int part = helped + 1; part < parts; ++part) body(part);
+        for (int i = 0; i < helped; ++i) processors.share(handles_[static_cast<size_t>(i)]);
         std::unique_lock<std::mutex> lock(state_);
         done_.wait(lock, [&] { return unfinished_ == 0; });
         return true;
@@ -58,16 +89,18 @@ class Pool {
   private:
     // Starts threads until there are `wanted`, or as many as the system gives; returns how many of them will help.
     int grow(int wanted) {
-        while (threads_ < wanted) {
+        while (static_cast<int>(handles_.size()) < wanted) {
             try {
+                handles_.reserve(handles_.size() + 1);
                 const SignalsBlocked blocked;
-                std::thread(&Pool::work, this, threads_ + 1, job_).detach();
+                std::thread thread(&Pool::work, this, static_cast<int>(handles_.size()) + 1, job_);
+                handles_.push_back(thread.native_handle());
+                thread.detach();
             } catch (const std::system_error&) {
                 break;
             }
-            ++threads_;
         }
-        return std::min(threads_, wanted);
+        return std::min(static_cast<int>(handles_.size()), wanted);
     }
 
     void work(int part, uint64_t last) {
@@ -84,8 +117,8 @@ class Pool {
         }
     }
 
-    std::mutex in_use_;  // held by the thread whose job this is; guards threads_ too
-    int threads_ = 0;
+    std::mutex in_use_;  // held by the thread whose job this is; guards handles_ too
+    std::vector<pthread_t> handles_;
 
     std::mutex state_;  // guards all below
     std::condition_variable start_, done_;
