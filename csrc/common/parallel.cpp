@@ -63,26 +63,24 @@ class Processors {
 class Pool {
   public:
     // False if the pool is at work for another thread.
-    bool run(int parts, PartBody body) {
+    bool run(int helpers, ThreadBody body) {
         const std::unique_lock<std::mutex> mine(in_use_, std::try_to_lock);
         if (!mine.owns_lock()) return false;
-        const int helped = grow(parts - 1);
+        const int helped = grow(helpers);
         const Processors processors;
         for (int i = 0; i < helped; ++i) processors.leave_to_caller(handles_[static_cast<size_t>(i)]);
         {
             const std::lock_guard<std::mutex> lock(state_);
             body_ = &body;
-            helpers_ = helped;
-            unfinished_ = helped;
+            wanted_ = helped;
             ++job_;
         }
         start_.notify_all();
         body(0);
-        // The system had no thread to give for these: slower, and the same result.
-        for (int part = helped + 1; part < parts; ++part) body(part);
         for (int i = 0; i < helped; ++i) processors.share(handles_[static_cast<size_t>(i)]);
         std::unique_lock<std::mutex> lock(state_);
-        done_.wait(lock, [&] { return unfinished_ == 0; });
+        body_ = nullptr;  // whoever wakes now finds nothing to do
+        done_.wait(lock, [&] { return at_work_ == 0; });
         return true;
     }
 
@@ -103,17 +101,18 @@ class Pool {
         return std::min(static_cast<int>(handles_.size()), wanted);
     }
 
-    void work(int part, uint64_t last) {
+    void work(int number, uint64_t last) {
+        std::unique_lock<std::mutex> lock(state_);
         for (;;) {
-            std::unique_lock<std::mutex> lock(state_);
             start_.wait(lock, [&] { return job_ != last; });
             last = job_;
-            if (part > helpers_) continue;
-            const PartBody body = *body_;
+            if (number > wanted_ || body_ == nullptr) continue;
+            const ThreadBody body = *body_;
+            ++at_work_;
             lock.unlock();
-            body(part);
+            body(number);
             lock.lock();
-            if (--unfinished_ == 0) done_.notify_one();
+            if (--at_work_ == 0) done_.notify_one();
         }
     }
 
@@ -122,9 +121,9 @@ class Pool {
 
     std::mutex state_;  // guards all below
     std::condition_variable start_, done_;
-    const PartBody* body_ = nullptr;
-    int helpers_ = 0;
-    int unfinished_ = 0;
+    const ThreadBody* body_ = nullptr;
+    int wanted_ = 0;
+    int at_work_ = 0;
     uint64_t job_ = 0;
 };
 
@@ -146,16 +145,15 @@ Pool& the_pool() {
 
 }  // namespace
 
-int worthwhile_parts(int threads, int64_t items, int64_t operations) {
+int worthwhile_threads(int threads, int64_t items, int64_t operations) {
     // Waking a thread takes tens of microseconds; a core does about this many operations in 100 of them.
     constexpr int64_t kOperationsPerThread = int64_t{1} << 22;
-    const int64_t parts = std::min({static_cast<int64_t>(threads), items, operations / kOperationsPerThread});
-    return static_cast<int>(std::max<int64_t>(1, parts));
+    const int64_t worthwhile = std::min({static_cast<int64_t>(threads), items, operations / kOperationsPerThread});
+    return static_cast<int>(std::max<int64_t>(1, worthwhile));
 }
 
-void for_parts(int parts, PartBody body) {
-    if (parts > 1 && the_pool().run(parts, body)) return;
-    for (int part = 0; part < parts; ++part) body(part);
+void for_threads(int threads, ThreadBody body) {
+    if (threads <= 1 || !the_pool().run(threads - 1, body)) body(0);
 }
 
 }  // namespace biomedgpt

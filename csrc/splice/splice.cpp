@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 
 #include "common/cpu_features.h"
 #include "common/error.h"
@@ -104,15 +105,13 @@ const SplicePath& choose_path(const SpliceOptions& options) {
         "one this machine can run" + std::string(options.allow_16bit ? "" : " without 16-bit operands") + ": " + names);
 }
 
-// One thread's share of the work.
+// What a thread works with, and on.
 struct Share {
     const SpliceArgs& args;
     const SplicePath& path;
-    int part;
-    int parts;
+    int threads;  // that share the work, at most
+    Claims claims;
 
-    int64_t begin(int64_t items) const { return first_item(items, part, parts); }
-    int64_t end(int64_t items) const { return first_item(items, part + 1, parts); }
     void* out(int64_t row, int64_t column) const {
         return static_cast<char*>(args.out) + (row * args.hidden + column) * size_of(args.out_dtype);
     }
@@ -144,10 +143,12 @@ void write_token(const Share& share, int64_t id, int64_t row) {
     }
 }
 
-void write_segment(const Share& share, const TokenSegment& segment) {
-    for (int64_t i = share.begin(segment.count); i < share.end(segment.count); ++i) {
-        write_token(share, id_at(segment, i), segment.row + i);
-    }
+void write_segment(Share& share, const TokenSegment& segment) {
+    constexpr int64_t kRowsOfItem = 8;
+    share.claims.take((segment.count + kRowsOfItem - 1) / kRowsOfItem, [&](int64_t item) {
+        const int64_t end = std::min(segment.count, (item + 1) * kRowsOfItem);
+        for (int64_t i = item * kRowsOfItem; i < end; ++i) write_token(share, id_at(segment, i), segment.row + i);
+    });
 }
 
 // The sizes that a product is worked on in.
@@ -200,39 +201,54 @@ void pack_broadcast(const SplicePath& path, const Blocking& blocking, const Matr
     }
 }
 
+void pack_features(const SplicePath& path, const Blocking& blocking, const FeatureSegment& segment, int64_t first,
+                   int64_t count, Workspace& memory) {
+    const Matrix& features = segment.features;
+    pack_panels(path, blocking, count, memory, [&](int64_t row, float* words) {
+        path.widen(features.at(first + row, 0), features.dtype, features.columns, 1.0f, words);
+        if (segment.layer_norm_eps) path.normalise(words, features.columns, *segment.layer_norm_eps);
+        path.pack_row(words, DType::f32, features.columns, blocking.words, words);
+    });
+}
+
 using Tile = float[kMaxTileRows * kMaxLanes];
 
+// The columns of an item: whole tiles, and whole cache lines of float32, which two threads would write in turn.
+int64_t columns_of_item(const TileShape& shape) {
+    constexpr int64_t kLine = 16, kAtLeast = 64;
+    return round_up(kAtLeast, std::lcm(shape.rows, kLine));
+}
+
 // For few feature rows: those are packed into panels, and weights pass over them, which are read once from memory as
-// they lie there. Threads divide the columns of out, that is, the weights; each packs the features for itself, which
-// takes less than waiting for one another would.
-void write_few_rows(const Share& share, const FeatureSegment& segment) {
+// they lie there. An item is some columns of out, that is, of the weights; each thread packs the features for itself,
+// which takes less than waiting for one another would.
+void write_few_rows(Share& share, const FeatureSegment& segment) {
     const SplicePath& path = share.path;
     const Matrix& features = segment.features;
     const int64_t hidden = share.args.hidden;
     const Blocking blocking = blocking_of(path, features.rows, features.columns);
     const TileShape& shape = blocking.shape;
-    const int64_t tiles = (hidden + shape.rows - 1) / shape.rows;
-    const int64_t begin = share.begin(tiles) * shape.rows, end = std::min(hidden, share.end(tiles) * shape.rows);
-    if (begin >= end) return;
+    const int64_t step = columns_of_item(shape);
     Workspace& memory = workspace();
     alignas(64) Tile tile = {};
     for (int64_t first = 0; first < features.rows; first += blocking.block_rows) {
         const int64_t block = std::min(blocking.block_rows, features.rows - first);
-        pack_panels(path, blocking, block, memory, [&](int64_t row, float* words) {
-            path.widen(features.at(first + row, 0), features.dtype, features.columns, 1.0f, words);
-            if (segment.layer_norm_eps) path.normalise(words, features.columns, *segment.layer_norm_eps);
-            path.pack_row(words, DType::f32, features.columns, blocking.words, words);
-        });
-        for (int64_t column = begin; column < end; column += shape.rows) {
-            pack_broadcast(path, blocking, segment.weight, column, memory);
-            for (int64_t row = 0; row < block; row += shape.lanes) {
-                const float* panel = memory.panels + row / shape.lanes * blocking.panel_words;
-                shape.multiply(panel, memory.broadcast, blocking.words, tile);
-                shape.write_transposed(tile, {share.out(segment.row + first + row, column), share.args.out_dtype,
-                                              hidden, segment.bias + column, std::min(shape.lanes, block - row),
-                                              std::min(shape.rows, end - column)});
+        bool packed = false;
+        share.claims.take((hidden + step - 1) / step, [&](int64_t item) {
+            if (!packed) pack_features(path, blocking, segment, first, block, memory);
+            packed = true;
+            const int64_t end = std::min(hidden, (item + 1) * step);
+            for (int64_t column = item * step; column < end; column += shape.rows) {
+                pack_broadcast(path, blocking, segment.weight, column, memory);
+                for (int64_t row = 0; row < block; row += shape.lanes) {
+                    const float* panel = memory.panels + row / shape.lanes * blocking.panel_words;
+                    shape.multiply(panel, memory.broadcast, blocking.words, tile);
+                    shape.write_transposed(tile, {share.out(segment.row + first + row, column), share.args.out_dtype,
+                                                  hidden, segment.bias + column, std::min(shape.lanes, block - row),
+                                                  std::min(shape.rows, end - column)});
+                }
             }
-        }
+        });
     }
 }
 
@@ -243,20 +259,21 @@ bool worth_packing_weights(const SplicePath& path, const FeatureSegment& segment
            !segment.layer_norm_eps;
 }
 
-// For many feature rows: weights are packed into panels, each once, and features pass over them.
-void write_many_rows(const Share& share, const FeatureSegment& segment) {
+// For many feature rows: an item is some weights, which are packed into panels, and features pass over them. Few enough
+// weights that every thread gets several items, and as many as stay in the cache otherwise.
+void write_many_rows(Share& share, const FeatureSegment& segment) {
+    constexpr int64_t kItemsPerThread = 8;
     const SplicePath& path = share.path;
     const Matrix &features = segment.features, &weight = segment.weight;
     const int64_t hidden = share.args.hidden;
     const Blocking blocking = blocking_of(path, hidden, features.columns);
     const TileShape& shape = blocking.shape;
-    const int64_t panels = (hidden + shape.lanes - 1) / shape.lanes;
-    const int64_t begin = share.begin(panels) * shape.lanes, end = std::min(hidden, share.end(panels) * shape.lanes);
-    if (begin >= end) return;
+    const int64_t step =
+        std::min(blocking.block_rows, round_up(hidden / (kItemsPerThread * share.threads) + 1, shape.lanes));
     Workspace& memory = workspace();
     alignas(64) Tile tile = {};
-    for (int64_t first = begin; first < end; first += blocking.block_rows) {
-        const int64_t block = std::min(blocking.block_rows, end - first);
+    share.claims.take((hidden + step - 1) / step, [&](int64_t item) {
+        const int64_t first = item * step, block = std::min(step, hidden - first);
         pack_panels(path, blocking, block, memory, [&](int64_t row, float* words) {
             path.pack_row(weight.at(first + row, 0), weight.dtype, weight.columns, blocking.words, words);
         });
@@ -273,13 +290,13 @@ void write_many_rows(const Share& share, const FeatureSegment& segment) {
                                    std::min(shape.lanes, block - column)});
             }
         }
-    }
+    });
 }
 
-void write_segment(const Share& share, const FeatureSegment& segment) {
+void write_segment(Share& share, const FeatureSegment& segment) {
     if (worth_packing_weights(share.path, segment)) {
         write_many_rows(share, segment);
-    } else if (segment.features.rows > 0) {
+    } else {
         write_few_rows(share, segment);
     }
 }
@@ -302,19 +319,21 @@ int64_t operations(const SpliceArgs& args) {
 }  // namespace
 
 void splice(const SpliceArgs& args, const SpliceOptions& options) {
-    constexpr int kMaxThreads = 1024;
     if (options.threads < 1 || options.threads > kMaxThreads) {
         throw ArgumentError("threads", std::to_string(options.threads), "1 to " + std::to_string(kMaxThreads));
     }
     const SplicePath& path = choose_path(options);
     check_splice(args);
-    const int parts = worthwhile_parts(options.threads, args.hidden, operations(args));
-    std::atomic<bool> out_of_memory{false};  // a part may not throw: it may run in a thread that nobody watches
-    for_parts(parts, [&](int part) {
+    const int threads = worthwhile_threads(options.threads, args.hidden, operations(args));
+    std::atomic<bool> out_of_memory{false};  // a body may not throw: it may run in a thread that nobody watches
+    Items items(threads);
+    for_threads(threads, [&](int thread) {
         try {
-            const Share share{args, path, part, parts};
-            for (const Segment& segment : args.segments) {
-                std::visit([&](const auto& typed) { write_segment(share, typed); }, segment);
+            for (int i = 0; i < threads; ++i) {
+                Share share{args, path, threads, Claims(items, (thread + i) % threads)};
+                for (const Segment& segment : args.segments) {
+                    std::visit([&](const auto& typed) { write_segment(share, typed); }, segment);
+                }
             }
         } catch (const std::bad_alloc&) {
             out_of_memory = true;

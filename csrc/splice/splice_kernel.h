@@ -57,7 +57,11 @@ void widen(const void* source, DType dtype, int64_t count, float scale, float* d
         for (; i + Isa::kLanes <= count; i += Isa::kLanes) {
             Isa::store(destination + i, Isa::scale(Isa::widen_half(halves + i), factor));
         }
-        for (; i < count; ++i) destination[i] = half_to_float(halves[i]) * scale;
+        if (i < count) {
+            uint16_t rest[Isa::kLanes] = {};
+            std::memcpy(rest, halves + i, static_cast<size_t>(count - i) * sizeof *rest);
+            Isa::store_some(destination + i, Isa::scale(Isa::widen_half(rest), factor), count - i);
+        }
     } else {
         for (; i + Isa::kLanes <= count; i += Isa::kLanes) {
             Isa::store(destination + i, Isa::scale(Isa::widen_byte(bytes + i), factor));
@@ -144,9 +148,15 @@ void pack_row_of_pairs(const void* source, DType dtype, int64_t count, int64_t w
         }
     }
     if (i < count) {
-        float rest[2 * kLanes] = {};
-        for (int64_t j = i; j < count; ++j) rest[j - i] = dtype == DType::f32 ? floats[j] : half_to_float(halves[j]);
-        Isa::store(destination + i / 2, Isa::pairs_of(Isa::load(rest), Isa::load(rest + kLanes)));
+        if (dtype == DType::f32) {
+            float rest[2 * kLanes] = {};
+            std::memcpy(rest, floats + i, static_cast<size_t>(count - i) * sizeof *rest);
+            Isa::store(destination + i / 2, Isa::pairs_of(Isa::load(rest), Isa::load(rest + kLanes)));
+        } else {
+            uint16_t rest[2 * kLanes] = {};
+            std::memcpy(rest, halves + i, static_cast<size_t>(count - i) * sizeof *rest);
+            Isa::store(destination + i / 2, Isa::pairs_of(Isa::widen_half(rest), Isa::widen_half(rest + kLanes)));
+        }
         i += 2 * kLanes;
     }
     for (i /= 2; i < words; ++i) destination[i] = 0.0f;

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -57,19 +58,51 @@ TEST(floats_are_rounded_to_the_nearest_half_and_ties_to_even) {
     CHECK(float_to_half(-1e30f) == 0xfc00);
 }
 
-TEST(each_part_runs_once) {
-    for (int parts : {1, 2, 3, 7, 2, 5}) {
-        std::vector<std::atomic<int>> visits(7);
-        for_parts(parts, [&](int part) { ++visits[static_cast<size_t>(part)]; });
-        for (int part = 0; part < 7; ++part) CHECK(visits[static_cast<size_t>(part)] == (part < parts ? 1 : 0));
+// For a thread that may be slow to start, and not for ever.
+static void wait_for_two(const std::atomic<int>& begun) {
+    for (int tries = 0; begun < 2 && tries < 10'000; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+TEST(each_item_is_taken_once) {
+    for (int threads : {1, 2, 3, 7, 2, 5}) {
+        std::vector<std::atomic<int>> first(100), second(4);
+        Items items(threads);
+        for_threads(threads, [&](int thread) {
+            for (int i = 0; i < threads; ++i) {
+                Claims claims(items, (thread + i) % threads);
+                claims.take(100, [&](int64_t item) { ++first[static_cast<size_t>(item)]; });
+                claims.take(0, [](int64_t) { CHECK(false); });
+                claims.take(4, [&](int64_t item) { ++second[static_cast<size_t>(item)]; });
+            }
+        });
+        for (const auto& visits : first) CHECK(visits == 1);
+        for (const auto& visits : second) CHECK(visits == 1);
     }
 }
 
-TEST(items_are_divided_without_gaps) {
-    for (int parts : {1, 2, 3, 7}) {
-        CHECK(first_item(20, 0, parts) == 0);
-        CHECK(first_item(20, parts, parts) == 20);
-        for (int part = 0; part < parts; ++part) CHECK(first_item(20, part, parts) <= first_item(20, part + 1, parts));
+TEST(a_thread_takes_its_own_share_first) {
+    std::vector<int64_t> order;
+    Items items(2);
+    for (int share : {1, 0, 1}) Claims(items, share).take(5, [&](int64_t item) { order.push_back(item); });
+    CHECK((order == std::vector<int64_t>{2, 3, 4, 0, 1}));
+}
+
+TEST(other_threads_help_and_are_waited_for) {
+    std::atomic<int> begun{0}, ended{0};
+    for_threads(2, [&](int) {
+        ++begun;
+        wait_for_two(begun);
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        ++ended;
+    });
+    CHECK(ended == 2);
+}
+
+TEST(nobody_waits_for_threads_that_come_too_late) {
+    for (int round = 0; round < 2000; ++round) {
+        std::atomic<int> visits{0};
+        for_threads(3, [&](int thread) { visits += thread == 0; });
+        CHECK(visits == 1);
     }
 }
 
@@ -78,11 +111,15 @@ TEST(several_threads_may_use_the_pool_at_once) {
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 4; ++caller) {
         callers.emplace_back([&] {
-            for (int round = 0; round < 200; ++round) for_parts(3, [&](int part) { sum += part; });
+            for (int round = 0; round < 200; ++round) {
+                Items items(1);
+                for_threads(
+                    3, [&](int) { Claims(items, 0).take(5, [&](int64_t item) { sum += static_cast<int>(item); }); });
+            }
         });
     }
     for (std::thread& caller : callers) caller.join();
-    CHECK(sum == 4 * 200 * 3);
+    CHECK(sum == 4 * 200 * (0 + 1 + 2 + 3 + 4));
 }
 
 #if !defined(__SANITIZE_THREAD__)  // which does not follow a fork into a child with threads
@@ -91,12 +128,15 @@ TEST(a_forked_child_has_threads_of_its_own) {
         std::printf("skipped: a_forked_child_has_threads_of_its_own (qemu-user cannot fork a process with threads)\n");
         return;
     }
-    for_parts(3, [](int) {});
+    for_threads(3, [](int) {});
     const pid_t child = fork();
     if (child == 0) {
         std::atomic<int> visits{0};
-        for_parts(3, [&](int) { ++visits; });
-        _exit(visits == 3 ? 0 : 1);
+        for_threads(2, [&](int) {
+            ++visits;
+            wait_for_two(visits);
+        });
+        _exit(visits == 2 ? 0 : 1);
     }
     int status = -1;
     CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
@@ -104,10 +144,10 @@ TEST(a_forked_child_has_threads_of_its_own) {
 #endif
 
 TEST(small_work_stays_on_one_thread) {
-    CHECK(worthwhile_parts(8, 100, 1000) == 1);
-    CHECK(worthwhile_parts(8, 0, 0) == 1);
-    CHECK(worthwhile_parts(8, 100, int64_t{1} << 40) == 8);
-    CHECK(worthwhile_parts(8, 3, int64_t{1} << 40) == 3);
+    CHECK(worthwhile_threads(8, 100, 1000) == 1);
+    CHECK(worthwhile_threads(8, 0, 0) == 1);
+    CHECK(worthwhile_threads(8, 100, int64_t{1} << 40) == 8);
+    CHECK(worthwhile_threads(8, 3, int64_t{1} << 40) == 3);
 }
 
 TEST(device_count_needs_no_driver) {
