@@ -14,9 +14,9 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .calibration import CALIBRATION, PROOF, read_examples
-from .exporter import PROOFS, QUANTIZERS, ExportOptions, export_bundle, read_about
+from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, export_bundle, read_about
 from .families.biomedgpt_10b import FAMILY, POLICY, Layout
-from .graphs.linear import PRECISIONS
+from .graphs.linear import GRAPH_PRECISIONS, PRECISIONS
 from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
 
@@ -69,6 +69,12 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
     parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="of the linear layers (default: int4)")
     parser.add_argument(
+        "--protein-encoder", choices=GRAPH_PRECISIONS, help="of those of the protein encoder (default: the same)"
+    )
+    parser.add_argument(
+        "--embeddings", choices=TABLE_PRECISIONS, default="fp16", help="of the token embeddings (default: fp16)"
+    )
+    parser.add_argument(
         "--quantizer", choices=QUANTIZERS, default="gptq", help="how int4 values are chosen (default: gptq)"
     )
     parser.add_argument(
@@ -112,6 +118,8 @@ def _run_bundle(options: argparse.Namespace) -> None:
             layout=layout,
             out=options.out,
             precision=options.precision,
+            protein_encoder=options.protein_encoder,
+            embeddings=options.embeddings,
             quantizer=options.quantizer,
             calibration=options.calibration,
             proof=options.proof,

@@ -41,13 +41,14 @@ from .graphs.builder import GraphBuilder
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
-from .graphs.linear import Linears, Precision
+from .graphs.linear import GraphPrecision, Linears, Precision
 from .quantize.gptq import GptqOptions
 from .quantize.int4 import ZERO_POINT, WeightQuantizer
+from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
 from .quantize.layerwise import JournalQuantizer
 from .quantize.rtn import RoundToNearest
-from .streamed_model import DECODER_PART, PARTS, PROTEIN_PART, StreamedModel
+from .streamed_model import DECODER_PART, PROTEIN_PART, StreamedModel
 
 DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"
 FILES = TensorFiles("embeddings.safetensors", "projections.safetensors", "tokenizer.model")
@@ -57,6 +58,8 @@ MAX_THREADS = 1024
 
 Quantizer = Literal["gptq", "rtn"]
 QUANTIZERS: tuple[Quantizer, ...] = ("gptq", "rtn")
+TablePrecision = Literal["fp16", "int8"]
+TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("fp16", "int8")
 Proof = Literal["quick", "full", "none"]
 PROOFS: tuple[Proof, ...] = ("quick", "full", "none")
 
@@ -75,6 +78,8 @@ class ExportOptions:
         calibration: questions with answers for GPTQ.
         proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
         max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
+        protein_encoder: precision of the protein encoder's linear layers, where it is another one.
+        embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
         name: what the bundle calls itself.
         about: free-form facts about the model for its manifest (training data, scores).
         policy: the model's terms; the family's, unless the checkpoint is somebody's own.
@@ -88,10 +93,29 @@ class ExportOptions:
     calibration: Path = CALIBRATION
     proof: Proof = "quick"
     max_kl: float | None = None
+    protein_encoder: GraphPrecision | None = None
+    embeddings: TablePrecision = "fp16"
     name: str = "BioMedGPT-10B"
     about: dict[str, Any] = field(default_factory=dict)
     policy: Policy = family.POLICY
     threads: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bundle holds what the checkpoint holds, in float32."""
+        return self.precision == self.protein_precision == "fp32"
+
+    @property
+    def protein_precision(self) -> GraphPrecision:
+        return self.protein_encoder or self.precision
+
+    @property
+    def gptq_parts(self) -> tuple[str, ...]:
+        """Parts of the model whose int4 values GPTQ chooses."""
+        if self.quantizer != "gptq":
+            return ()
+        parts = {DECODER_PART: self.precision, PROTEIN_PART: self.protein_precision}
+        return tuple(part for part, precision in parts.items() if precision == "int4")
 
 
 def export_bundle(options: ExportOptions, report: Report) -> Manifest:
@@ -102,11 +126,17 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
     """
     if not 1 <= options.threads <= MAX_THREADS:
         raise ExportError(f"threads is {options.threads}.", seen=options.threads, limit=f"1 to {MAX_THREADS}")
-    if options.max_kl is not None and (options.proof == "none" or options.precision == "fp32"):
+    if options.max_kl is not None and (options.proof == "none" or options.exact):
         raise ExportError(
             "a largest KL divergence was given, and nothing is to be compared.",
             seen=options.max_kl,
             remedy="Leave it out, or compare: proof quick or full, precision int4 or fp16.",
+        )
+    if options.precision == "fp32" and options.embeddings != "fp16":
+        raise ExportError(
+            f"embeddings in {options.embeddings} were asked for, and precision fp32.",
+            seen=options.embeddings,
+            remedy="Leave one of them out: fp32 bundles hold embeddings in fp32.",
         )
     # The source modules of the parity runs use torch's own pool.
     torch.set_num_threads(options.threads)
@@ -134,7 +164,7 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         _require_readable(manifest)
         staged = Bundle(writer.staging, manifest, digest="")
         staged.check()
-        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in PARTS}
+        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in options.gptq_parts}
         measured = parity.measure(staged, configs, export.weights, options.threads, report, chosen)
         measured |= export.proved(staged)
         manifest = export.manifest(linears, manifest.files, measured)
@@ -174,7 +204,7 @@ class _Export:
     def write_tensors(self) -> None:
         """Embeddings, projections, tokenizer and policy."""
         self.report("writing embeddings and projections")
-        _save_tensors(self.staging / FILES.embeddings, {"weight": self._stored(f"{LLM}model.embed_tokens.weight")})
+        _save_tensors(self.staging / FILES.embeddings, self._embeddings())
         protein_weight, protein_bias = self._protein_projection()
         _save_tensors(
             self.staging / FILES.projections,
@@ -199,19 +229,20 @@ class _Export:
             JournalError: the earlier run was another one.
         """
         options = self.options
-        if options.precision != "int4" or options.quantizer != "gptq":
+        if not options.gptq_parts:
             return None
         examples = read_examples(options.calibration)
         gptq = GptqOptions()
         plan = {
             "calibration": sha256_of(options.calibration),
             "gptq": asdict(gptq),
+            "parts": options.gptq_parts,
             "sources": {entry.path: entry.sha256 for entry in self._sources},
             "threads": options.threads,
             "torch": torch.__version__,
         }
         journal = Journal(_work_folder(options), plan)
-        quantize_model(self._streamed(), examples, journal, gptq, self.report)
+        quantize_model(self._streamed(), examples, options.gptq_parts, journal, gptq, self.report)
         return journal
 
     def proved(self, bundle: Bundle) -> dict[str, Any]:
@@ -221,7 +252,7 @@ class _Export:
             ProofError: it costs more than it may.
         """
         options = self.options
-        if options.precision == "fp32" or options.proof == "none":
+        if options.exact or options.proof == "none":
             return {}
         examples = read_examples(PROOF)
         self.report("comparing with the source")
@@ -248,18 +279,19 @@ class _Export:
 
     def write_graphs(self, journal: Journal | None) -> dict[str, Linears]:
         """The three graphs; returns how the linear layers of each were stored."""
-        precision = self.options.precision
+        precision, protein = self.options.precision, self.options.protein_precision
 
-        def quantizer(part: str) -> WeightQuantizer | None:
-            if precision != "int4":
-                return None
-            return RoundToNearest() if journal is None else JournalQuantizer(journal, part)
+        def quantizer(part: str) -> WeightQuantizer:
+            if journal is None or part not in self.options.gptq_parts:
+                return RoundToNearest()
+            return JournalQuantizer(journal, part)
 
         # 300 and 600 columns gain nothing from groups, and the whole encoder is 4 MB: it stays fp16 in int4 bundles.
         linears = {
             MOLECULE_ENCODER: Linears("fp16" if precision == "int4" else precision),
-            # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten.
-            PROTEIN_ENCODER: Linears(precision, quantizer(PROTEIN_PART), activations="fp32"),
+            # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten:
+            # they are used where they were asked for.
+            PROTEIN_ENCODER: Linears(protein, quantizer(PROTEIN_PART), activations="fp32"),
             DECODER: Linears(precision, quantizer(DECODER_PART), activations="int8"),
         }
         self.report("molecule encoder")
@@ -321,6 +353,13 @@ class _Export:
             self.report(f"hashing {path.name} ({path.stat().st_size:,} bytes)")
             entries.append(file_entry(path, name))
         return tuple(entries)
+
+    def _embeddings(self) -> dict[str, torch.Tensor]:
+        key = f"{LLM}model.embed_tokens.weight"
+        if self.options.embeddings == "fp16":
+            return {"weight": self._stored(key)}
+        quantized = nearest_int8(self.weights(key), QMAX)
+        return {"weight": quantized.values, "scale": quantized.scales}
 
     def _protein_projection(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``proj_prot`` with the gain and shift of the encoder's final LayerNorm folded in."""
@@ -397,7 +436,9 @@ def _require_readable(manifest: Manifest) -> None:
 
 def _recipe(linears: Linears) -> dict[str, Any]:
     recipe: dict[str, Any] = {"precision": linears.precision}
-    if linears.quantizer is not None:
+    if linears.precision == "int8":
+        recipe |= {"symmetric": True, "largest": QMAX_PRODUCT, "scales": "fp32, one per output", "activations": "int8"}
+    if linears.precision == "int4" and linears.quantizer is not None:
         recipe |= {
             "quantizer": linears.quantizer.name,
             "symmetric": not linears.asymmetric,

@@ -26,7 +26,7 @@ from .source_modules import SourceGin
 from .streamed import ExactStep, StreamedEsm, StreamedLlama
 
 # Parts of the model that are walked through layer by layer.
-PARTS = DECODER_PART, PROTEIN_PART = "decoder", "protein_encoder"
+DECODER_PART, PROTEIN_PART = "decoder", "protein_encoder"
 
 
 @dataclass(frozen=True)
