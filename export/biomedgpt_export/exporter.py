@@ -236,7 +236,7 @@ class _Export:
         plan = {
             "calibration": sha256_of(options.calibration),
             "gptq": asdict(gptq),
-            "parts": options.gptq_parts,
+            "parts": list(options.gptq_parts),
             "sources": {entry.path: entry.sha256 for entry in self._sources},
             "threads": options.threads,
             "torch": torch.__version__,
