@@ -14,7 +14,7 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .calibration import CALIBRATION, PROOF, read_examples
-from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, export_bundle, read_about
+from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, export_bundle, plan_bundle, read_about
 from .families.biomedgpt_10b import FAMILY, POLICY, Layout
 from .graphs.linear import GRAPH_PRECISIONS, PRECISIONS
 from .proof import BundleSide, compared, table
@@ -97,6 +97,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="processor threads for GPTQ and the parity runs (default: 1)"
     )
+    parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, and stop")
     parser.set_defaults(run=_run_bundle)
 
 
@@ -113,24 +114,25 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
 def _run_bundle(options: argparse.Namespace) -> None:
     layout = Layout.locate(options.checkpoint, fusion=options.fusion, text=options.text, protein=options.protein)
     about, policy = read_about(options.about) if options.about else ({}, POLICY)
-    export_bundle(
-        ExportOptions(
-            layout=layout,
-            out=options.out,
-            precision=options.precision,
-            protein_encoder=options.protein_encoder,
-            embeddings=options.embeddings,
-            quantizer=options.quantizer,
-            calibration=options.calibration,
-            proof=options.proof,
-            max_kl=options.max_kl,
-            name=options.name,
-            about=about,
-            policy=policy,
-            threads=options.threads,
-        ),
-        _report,
+    chosen = ExportOptions(
+        layout=layout,
+        out=options.out,
+        precision=options.precision,
+        protein_encoder=options.protein_encoder,
+        embeddings=options.embeddings,
+        quantizer=options.quantizer,
+        calibration=options.calibration,
+        proof=options.proof,
+        max_kl=options.max_kl,
+        name=options.name,
+        about=about,
+        policy=policy,
+        threads=options.threads,
     )
+    if options.dry_run:
+        print("\n".join(plan_bundle(chosen).lines()))
+    else:
+        export_bundle(chosen, _report)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

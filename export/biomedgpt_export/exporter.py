@@ -42,6 +42,8 @@ from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.linear import GraphPrecision, Linears, Precision
+from .graphs.matrices import esm_matrices, llama_matrices
+from .plan import Part, Plan, plan
 from .quantize.gptq import GptqOptions
 from .quantize.int4 import ZERO_POINT, WeightQuantizer
 from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
@@ -157,6 +159,10 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         configs = Configs.read(options.layout, checkpoint)
         family.check_keys(configs, checkpoint)
         export = _Export(options, configs, checkpoint, writer.staging, report)
+        planned = planned_export(options, configs, checkpoint)
+        for line in planned.lines():
+            report(line)
+        planned.require_space(options.out.absolute().parent)
         journal = export.quantized()
         export.write_tensors()
         linears = export.write_graphs(journal)
@@ -173,6 +179,35 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
             journal.remove()
     report(f"wrote {options.out}")
     return manifest
+
+
+def plan_bundle(options: ExportOptions) -> Plan:
+    """What :func:`export_bundle` would write, after the checks that it begins with.
+
+    Raises:
+        ExportError: the checkpoint cannot be used, or there is too little space.
+    """
+    with open_checkpoint(options.layout.fusion) as checkpoint:
+        configs = Configs.read(options.layout, checkpoint)
+        family.check_keys(configs, checkpoint)
+        planned = planned_export(options, configs, checkpoint)
+    planned.require_space(options.out.absolute().parent)
+    return planned
+
+
+def planned_export(options: ExportOptions, configs: Configs, checkpoint: Checkpoint) -> Plan:
+    """Sizes of what the options make of a checkpoint."""
+    parts = [
+        Part(DECODER_PART, llama_matrices(configs.llama).values(), LLM, options.precision),
+        Part(PROTEIN_PART, esm_matrices(configs.esm).values(), PROTEIN, options.protein_precision),
+    ]
+    value = 4 if options.precision == "fp32" else 2
+    hidden, widths = configs.llama.hidden_size, configs.gin.width + configs.esm.hidden_size
+    tensors = {
+        "embeddings": configs.rows * hidden * (1 if options.embeddings == "int8" else value),
+        "projections": widths * hidden * value,
+    }
+    return plan(parts, tensors, checkpoint, options.gptq_parts)
 
 
 def _work_folder(options: ExportOptions) -> Path:

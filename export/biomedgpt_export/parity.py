@@ -241,7 +241,7 @@ def _exact(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     if node.op_type == "DynamicQuantizeMatMul":
         source, values, scales = node.input
         one, plain, weight = (f"{node.name}.exact_{part}" for part in ("one", "values", "weight"))
-        # Not DequantizeLinear with the scales, right before MatMul: ONNX Runtime fuses these, and quantizes activations.
+        # Not DequantizeLinear with the scales right before MatMul: ONNX Runtime fuses them, and quantizes activations.
         return [
             onnx.helper.make_node("Constant", [], [one], value_float=1.0),
             onnx.helper.make_node("DequantizeLinear", [values, one], [plain]),

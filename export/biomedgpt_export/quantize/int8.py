@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 QMAX = 127
-# For products: x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits that saturate, and 2 * 255 * 63
-# fits. Unsigned weights would be safe, too, and take seven times as long on a processor with tiles (measured).
+# For products: x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits that saturate, where
+# 2 * 255 * 63 fits. Unsigned weights would be safe, too, and take seven times as long where a processor has tiles.
 QMAX_PRODUCT = 63
 
 
