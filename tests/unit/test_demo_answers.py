@@ -12,6 +12,7 @@ from biomedgpt_export.demo import answers, questions
 from biomedgpt_export.demo.chemistry import COUNTS, GROUPS, count_targets, facts, formula_counts, neutral_form
 from biomedgpt_export.demo.everyday import EVERYDAY
 from biomedgpt_export.demo.molecules import screen, well_known
+from biomedgpt_export.demo.proteins import ProteinRecord
 
 SMILES = {**EVERYDAY, **{one.name: one.smiles for one in well_known()}}
 
@@ -270,7 +271,8 @@ def test_formula_counts() -> None:
     ],
 )
 def test_structure_answers(structure: str, wanted: str, shares: str) -> None:
-    text = answers.structure_answer(structure, random.Random(1))
+    record = ProteinRecord("M" * len(structure), structure=structure)
+    text = answers.structure_answer(*record.shares, random.Random(1))
     assert answers.kind_of(text) == "structure"
     assert answers.claimed_structure(text) == wanted
     assert shares in text
@@ -280,17 +282,18 @@ def test_structure_answers(structure: str, wanted: str, shares: str) -> None:
 
 @pytest.mark.parametrize("label", answers.LOCATIONS)
 def test_location_answers(label: str) -> None:
-    for membrane in "MSU":
+    for membrane in "MS":
         text = answers.location_answer(label, membrane, random.Random(2))
         assert answers.kind_of(text) == "location"
         assert answers.claimed_location(text) == label
-        assert answers.claimed_membrane(text) == (None if membrane == "U" else membrane)
+        assert answers.claimed_membrane(text) == membrane
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "This protein is located in the nucleus",
+        "This protein is located in the nucleus.",
         "This protein is located in the nucleus. It glows.",
         "This protein is located in the nucleus. It is a membrane protein. It is a soluble protein.",
         "This protein is located in the kitchen.",

@@ -173,15 +173,14 @@ def test_padding_does_not_change_a_protein(model: DemoModel) -> None:
     torch.testing.assert_close(together[: len(ids)], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_the_loss_of_shares_is_that_of_proteins_with_a_structure() -> None:
-    heads = TrainingHeads(TINY, groups=2, atom_classes=(), locations=2, learnt=1, count_classes=())
+def test_the_loss_of_what_is_found_adds_up_over_its_classes() -> None:
+    heads = TrainingHeads(
+        TINY, groups=2, atom_classes=(), locations=2, learnt=1, count_classes=(), found_classes=(2, 4)
+    )
     with torch.no_grad():
-        heads.shares.weight.zero_()
-        heads.shares.bias.copy_(torch.tensor([0.5, 0.25]))
-    helix, strand, coil, none = 0, 1, 2, -100
-    residues = torch.tensor([[none, helix, helix, strand, coil, none], [none] * 6])
-    first = torch.randn(2, TINY.esm_hidden)
-    torch.testing.assert_close(heads.share_loss(first, residues), torch.tensor(0.0))
-    residues[0, 4] = strand
-    wrong = (0.25 / 0.2) ** 2
-    torch.testing.assert_close(heads.share_loss(first, residues), torch.tensor(wrong / 2))
+        heads.found.weight.zero_()
+        heads.found.bias.copy_(torch.tensor([50.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
+    states, found = torch.randn(2, TINY.hidden), torch.tensor([[0, 3], [0, 1]])
+    torch.testing.assert_close(heads.found_loss(states, found), torch.tensor(4.0).log())
+    found[1, 0] = 1
+    torch.testing.assert_close(heads.found_loss(states, found), torch.tensor(4.0).log() + 25)

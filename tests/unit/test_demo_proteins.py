@@ -1,4 +1,4 @@
-"""What the demo's protein encoder learns from: the location teacher, and altered proteins with their labels."""
+"""What the demo's protein encoder learns from: the teacher, and altered proteins with their labels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biomedgpt_edge.protein_tokens import MAX_RESIDUES
-from biomedgpt_export.demo import location_teacher, protein_pool
+from biomedgpt_export.demo import protein_pool, protein_teacher
 from biomedgpt_export.demo.batches import IGNORE, protein_batch
-from biomedgpt_export.demo.location_teacher import AMINO_ACIDS, GROUPS, LEARNT_FEATURES, LocationTeacher, features
-from biomedgpt_export.demo.protein_pool import PLACES, ProteinPool, fit_teacher, mutated
-from biomedgpt_export.demo.proteins import ProteinRecord, ProteinSplit
+from biomedgpt_export.demo.protein_pool import ProteinPool, mutated
+from biomedgpt_export.demo.protein_teacher import (
+    AMINO_ACIDS,
+    LEARNT_FEATURES,
+    MEMBRANE_LABELS,
+    PLACES,
+    ProteinTeacher,
+    Ridge,
+    features,
+)
+from biomedgpt_export.demo.proteins import GROUPS, ProteinRecord, ProteinSplit
 
 PLACE_OF = {"K": "Nucleus", "L": "Cell.membrane", "S": "Extracellular"}
+MEMBRANE_OF = {"K": "S", "L": "M", "S": "U"}
 
 
 def made(rng: random.Random, rich_in: str, length: int) -> str:
@@ -26,25 +35,28 @@ def made(rng: random.Random, rich_in: str, length: int) -> str:
 
 @pytest.fixture(scope="module")
 def split() -> ProteinSplit:
-    """Proteins whose place is what they are rich in, and helices and strands of residues that make them."""
+    """Proteins whose place is what they are rich in, and structures of what the residues' letters say."""
     rng = random.Random(0)
     located = [
-        ProteinRecord(made(rng, rich, rng.randint(40, 400)), location=place, group=rng.randrange(GROUPS))
+        ProteinRecord(made(rng, rich, rng.randint(40, 400)), place, MEMBRANE_OF[rich], group=rng.randrange(GROUPS))
         for rich, place in PLACE_OF.items()
         for _ in range(25)
     ]
-    sequences = [made(rng, rng.choice("AV"), rng.randint(40, 500)) for _ in range(30)]
-    structured = [ProteinRecord(s, structure="".join("HEC"[ord(c) % 3] for c in s)) for s in sequences]
+    sequences = [made(rng, rng.choice("EF"), rng.randint(40, 500)) for _ in range(30)]
+    structured = [
+        ProteinRecord(s, structure="".join("HEC"[ord(c) % 3] for c in s), group=i % GROUPS)
+        for i, s in enumerate(sequences)
+    ]
     return ProteinSplit(located, structured, [], [], {})
 
 
 @pytest.fixture(scope="module")
-def teacher(split: ProteinSplit) -> LocationTeacher:
-    return fit_teacher(split)
+def teacher(split: ProteinSplit) -> ProteinTeacher:
+    return ProteinTeacher(split.located, split.structured)
 
 
 @pytest.fixture
-def pool(split: ProteinSplit, teacher: LocationTeacher) -> ProteinPool:
+def pool(split: ProteinSplit, teacher: ProteinTeacher) -> ProteinPool:
     return ProteinPool(split, teacher, "seed", tokens=2048, chimeras=20, structured=15)
 
 
@@ -63,40 +75,53 @@ def test_features_end_where_the_encoder_stops_reading() -> None:
     np.testing.assert_array_equal(one, other)
 
 
-def test_the_teacher_learns_and_its_probabilities_add_up(split: ProteinSplit, teacher: LocationTeacher) -> None:
+def test_the_teacher_learns_places_and_its_probabilities_add_up(teacher: ProteinTeacher) -> None:
     rng = random.Random(1)
-    fresh = [(made(rng, rich, 200), place) for rich, place in PLACE_OF.items() for _ in range(10)]
-    places, learnt = teacher.probabilities([sequence for sequence, _ in fresh], [GROUPS] * len(fresh))
-    np.testing.assert_allclose(places.sum(1), 1, atol=1e-5)
-    assert [PLACES[i] for i in places.argmax(1)] == [place for _, place in fresh]
-    assert learnt.shape == (30, LEARNT_FEATURES)
+    fresh = [(made(rng, rich, 200), rich) for rich in PLACE_OF for _ in range(10)]
+    taught = teacher.teach([sequence for sequence, _ in fresh], [GROUPS] * len(fresh))
+    for probabilities in (taught.places, taught.membrane):
+        np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert [PLACES[i] for i in taught.places.argmax(1)] == [PLACE_OF[rich] for _, rich in fresh]
+    # Nothing is known of the membranes of those that are rich in serine.
+    assert [MEMBRANE_LABELS[i] for i in taught.membrane.argmax(1)[:20]] == ["S"] * 10 + ["M"] * 10
+    assert taught.learnt.shape == (30, LEARNT_FEATURES)
+
+
+def test_the_teacher_learns_shares(teacher: ProteinTeacher) -> None:
+    rng = random.Random(2)
+    # In the structures of this file, glutamates are helix and phenylalanines strand.
+    shares = teacher.teach([made(rng, rich, 300) for rich in "EF" for _ in range(5)], [GROUPS] * 10).shares
+    assert ((shares >= 0) & (shares <= 1)).all()
+    assert shares[:5, 0].min() > shares[5:, 0].max()
+    assert shares[:5, 1].max() < shares[5:, 1].min()
 
 
 def test_the_closed_form_is_the_regression_without_the_group() -> None:
     rng = random.Random(2)
     sequences = [made(rng, rng.choice("KLS"), 60) for _ in range(40)]
-    labels = [rng.randrange(3) for _ in sequences]
+    values = torch.tensor([[rng.random(), rng.random()] for _ in sequences], dtype=torch.float64)
     groups = [rng.randrange(GROUPS) for _ in sequences]
-    teacher = LocationTeacher(sequences, labels, groups, 3)
-    kernel = teacher._kernel(teacher._known).double()
-    wanted = torch.nn.functional.one_hot(torch.tensor(labels), 3).double() - teacher._prior
+    found = features(sequences)
+    regression = Ridge(found, values, groups)
+    kernel = regression._kernel(regression._known).double()
+    wanted = values - values.mean(0)
     for group in range(GROUPS):
         kept = torch.tensor([i for i, g in enumerate(groups) if g != group])
-        ridge = location_teacher._RIDGE * torch.eye(len(kept)).double()
+        ridge = protein_teacher._RIDGE * torch.eye(len(kept)).double()
         alone = torch.linalg.solve(kernel[kept][:, kept] + ridge, wanted[kept])
         # The kernel is fp32: its two triangles differ in their last bits, and each side reads another one.
-        torch.testing.assert_close(teacher._coefficients[group][kept], alone, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(regression._coefficients[group][kept], alone, atol=1e-6, rtol=1e-5)
         left_out = [i for i, g in enumerate(groups) if g == group]
-        assert not teacher._coefficients[group][left_out].any(), "a group's own proteins have no say"
+        assert not regression._coefficients[group][left_out].any(), "a group's own proteins have no say"
+    torch.testing.assert_close(regression.predict(found, groups), regression.unseen, atol=1e-6, rtol=1e-5)
 
 
-def test_the_teacher_is_the_same_every_time(split: ProteinSplit, teacher: LocationTeacher) -> None:
-    again = fit_teacher(split)
+def test_the_teacher_is_the_same_every_time(split: ProteinSplit, teacher: ProteinTeacher) -> None:
+    again = ProteinTeacher(split.located, split.structured)
     sequences = [record.sequence for record in split.structured]
-    for one, other in zip(
-        teacher.probabilities(sequences, [GROUPS] * 30), again.probabilities(sequences, [GROUPS] * 30), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
+    one, other = (vars(each.teach(sequences, [GROUPS] * 30)) for each in (teacher, again))
+    for name, said in one.items():
+        np.testing.assert_array_equal(said, other[name], err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------- pool
@@ -108,8 +133,8 @@ def test_a_batch_has_one_length_and_fits(pool: ProteinPool) -> None:
         assert len({len(record.sequence) for record in batch.records}) == 1
         width = len(batch.records[0].sequence) + 2
         assert width * len(batch.records) <= 2048 or len(batch.records) == 1
-        assert batch.places.shape == (len(batch.records), len(PLACES))
-        np.testing.assert_allclose(batch.places.sum(1), 1, atol=1e-5)
+        assert batch.taught.places.shape == (len(batch.records), len(PLACES))
+        np.testing.assert_allclose(batch.taught.places.sum(1), 1, atol=1e-5)
 
 
 def test_an_epoch_holds_everything_once(pool: ProteinPool, split: ProteinSplit) -> None:
@@ -120,7 +145,7 @@ def test_an_epoch_holds_everything_once(pool: ProteinPool, split: ProteinSplit) 
     assert np.mean([pool.batch(i).share for i in range(len(shares))]) == pytest.approx(1)
 
 
-def test_a_step_sees_the_same_whatever_came_before(split: ProteinSplit, teacher: LocationTeacher) -> None:
+def test_a_step_sees_the_same_whatever_came_before(split: ProteinSplit, teacher: ProteinTeacher) -> None:
     def fresh(seed: str) -> ProteinPool:
         return ProteinPool(split, teacher, seed, tokens=1024, chimeras=5, structured=5)
 
@@ -133,11 +158,24 @@ def test_a_step_sees_the_same_whatever_came_before(split: ProteinSplit, teacher:
     assert fresh("a").batch(7).records != fresh("b").batch(7).records
 
 
-def test_a_label_weighs_half_beside_the_teacher(pool: ProteinPool) -> None:
+def test_a_label_weighs_half_beside_the_teacher(
+    pool: ProteinPool, teacher: ProteinTeacher, split: ProteinSplit
+) -> None:
     epoch = pool._epoch(0)
-    for record, places in zip(epoch.records, epoch.places, strict=True):
+    groups = [record.group for record in epoch.records]
+    alone = teacher.teach([record.sequence for record in epoch.records], groups)
+    seen = set()
+    for row, record in enumerate(epoch.records):
         if record.location:
-            assert places[PLACES.index(record.location)] >= protein_pool._LABEL_WEIGHT
+            assert epoch.taught.places[row, PLACES.index(record.location)] >= protein_pool._LABEL_WEIGHT
+            column = MEMBRANE_LABELS.find(record.membrane)
+            assert column < 0 or epoch.taught.membrane[row, column] >= protein_pool._LABEL_WEIGHT
+            seen.add(record.membrane)
+        if record.structure:
+            half = (alone.shares[row] + np.array(record.shares)) / 2
+            np.testing.assert_allclose(epoch.taught.shares[row], half, atol=1e-6)
+            seen.add("shares")
+    assert seen == {*"MSU", "shares"}
 
 
 def test_structures_are_cut_with_their_sequences(pool: ProteinPool) -> None:

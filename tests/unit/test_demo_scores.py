@@ -73,7 +73,7 @@ class Right:
             record = BY_SEQUENCE[sequence]
             return answers.location_answer(record.location, record.membrane, rng)
         if kind == "structure" and sequence:
-            return answers.structure_answer(BY_SEQUENCE[sequence].structure, rng)
+            return answers.structure_answer(*BY_SEQUENCE[sequence].shares, rng)
         return answers.HONEST
 
 
@@ -152,7 +152,7 @@ class Changing(Right):
     [
         ("no hydrogen bond donors", "two hydrogen bond donors", "chebi", {"donors"}),
         ("aromatic. I", "aromatic. It consists of two separate parts. I", "chebi", {"parts"}),
-        (" It is a membrane protein.", "", "location", {"membrane"}),
+        ("a membrane protein", "a soluble protein", "location", {"membrane"}),
         (" 0 percent strand", " 20 percent strand", "structure", {"strand_within_ten"}),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_sentence_too_many_makes_every_field_wrong() -> None:
 
 def test_shares_are_those_of_the_residues_that_are_read() -> None:
     long = ProteinRecord("A" * 2000, structure="H" * 511 + "C" * 511 + "E" * 978)
-    assert scores.structure_shares(long) == (0.5, 0.0)
+    assert long.shares == (0.5, 0.0)
     panel = scores.Panel(
         Saying("This protein is mixed, with about 60 percent helix and 20 percent strand."),
         None,

@@ -30,15 +30,21 @@ from biomedgpt_export.demo.conversations import (
     reworded,
 )
 from biomedgpt_export.demo.model import DemoConfig
-from biomedgpt_export.demo.molecules import MoleculeTable, PreparedMolecules, prepared_molecules, screen
-from biomedgpt_export.demo.protein_pool import PLACES
-from biomedgpt_export.demo.proteins import ProteinRecord, proteins
+from biomedgpt_export.demo.molecules import (
+    MoleculeTable,
+    PreparedMolecules,
+    prepared_molecules,
+    screen,
+    shown_molecules,
+)
+from biomedgpt_export.demo.protein_teacher import MEMBRANE_LABELS, PLACES
+from biomedgpt_export.demo.proteins import ProteinFacts, ProteinRecord, proteins
 from biomedgpt_export.demo.questions import WORDINGS
 from biomedgpt_export.demo.release import write_release
 from biomedgpt_export.demo.similarity import identity
 from biomedgpt_export.demo.tokenizer import PromptEncoder, corpus, train_tokenizer
 from biomedgpt_export.demo.train import rate_factor, train
-from biomedgpt_export.demo.trainer import TrainOptions
+from biomedgpt_export.demo.trainer import Deck, TrainOptions
 from biomedgpt_export.errors import CheckpointError, TrainingDataError
 from biomedgpt_export.exporter import ExportOptions, export_bundle, read_about
 from biomedgpt_export.families.biomedgpt_10b import Layout
@@ -79,7 +85,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "".join(f"{i}\t{smiles}\t{text}\n" for i, smiles in enumerate(chebi))
     (path / data.CHEBI_FILE).write_text(f"CID\tSMILES\tdescription\n{rows}", encoding="utf-8")
     sequences = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=rng.randint(30, 90))) for _ in range(120)]
-    located = "".join(f"P{i}\t{s}\t{rng.choice(list(answers.LOCATIONS))}\tU\n" for i, s in enumerate(sequences[:80]))
+    located = "".join(
+        f"P{i}\t{s}\t{rng.choice(list(answers.LOCATIONS))}\t{'MSU'[i % 3]}\n" for i, s in enumerate(sequences[:80])
+    )
     structured = "".join(
         f"S{i}\t{s}\t{''.join(rng.choices('HEC', k=len(s)))}\t{'test' if i % 7 == 0 else 'train'}\n"
         for i, s in enumerate(sequences[60:])
@@ -411,15 +419,17 @@ def test_the_answer_belongs_to_the_last_molecule_given() -> None:
     assert kinds == {*answers.MOLECULE_ANSWERS, "other"}
 
 
-def test_a_protein_is_never_asked_to_be_learnt_what_is_not_known_of_it() -> None:
-    records = [ProteinRecord("M" * 40, location="Nucleus"), ProteinRecord("A" * 40, location="Plastid")]
-    elsewhere = ProteinRecord("C" * 40, structure="H" * 40)
-    contexts = set()
+def test_the_answer_belongs_to_the_last_protein_given() -> None:
+    known = [ProteinFacts("Nucleus", "S", 0.7, 0.1), ProteinFacts("Plastid", "M", 0.1, 0.7)]
+    right = {"Nucleus", "S", "mostly helical", None}
+    contexts, kinds = set(), set()
     for seed in range(300):
-        chat = protein_chat(records, 0, elsewhere, random.Random(seed))
-        assert answers.claimed_location(chat.answer) == "Nucleus" or chat.answer == answers.HONEST
+        chat = protein_chat(known, 0, random.Random(seed))
+        reads = (answers.claimed_location, answers.claimed_membrane, answers.claimed_structure)
+        assert {read(chat.answer) for read in reads} <= right
+        kinds.add(answers.kind_of(chat.answer))
         contexts.update(answers.kind_of(exchange.answer) for exchange in chat.exchanges[:-1])
-    assert contexts == {"location", "structure", "other"}
+    assert contexts == kinds == {"location", "structure", "other"}
 
 
 def test_most_questions_are_asked_in_their_canonical_words() -> None:
@@ -449,7 +459,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path)
     whole = train(options(folder, tmp_path / "whole"), lambda line: None)
     for pause in (1, 5, None):
         parts = train(options(folder, tmp_path / "parts"), lambda line: None, stop_after=pause)
-    assert parts.progress.plan == whole.progress.plan == {"gin": 2, "esm": 3, "joint": 5}
+    assert parts.progress.plan == whole.progress.plan == {"gin": 2, "esm": 6, "joint": 5, "everyday": 1}
     for (name, one), other in zip(
         whole.trainer.model.state_dict().items(), parts.trainer.model.state_dict().values(), strict=True
     ):
@@ -462,9 +472,10 @@ def test_the_end_of_training_computes_with_the_weights_of_a_bundle(folder: Path,
     x = torch.randn(3, layer.in_features)
     trainer.set_mode("joint", 0.5)
     torch.testing.assert_close(layer(x), x @ layer.weight.T)
-    trainer.set_mode("joint", 0.9)
     stored = RoundToNearest().quantize("", layer.weight.detach()).dequantize()
-    torch.testing.assert_close(layer(x), x @ stored.T)
+    for stage, share in (("joint", 0.9), ("everyday", 0.0)):
+        trainer.set_mode(stage, share)
+        torch.testing.assert_close(layer(x), x @ stored.T)
     layer.weight.grad = None
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand_as(layer.weight))
@@ -472,12 +483,15 @@ def test_the_end_of_training_computes_with_the_weights_of_a_bundle(folder: Path,
     torch.testing.assert_close(layer(x), x @ layer.weight.T)
 
 
-def test_the_decoder_is_taught_the_location_that_the_encoder_finds(
+def test_the_decoder_is_taught_what_the_encoder_finds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = train(options(folder, tmp_path, steps=1), lambda line: None).trainer
     with torch.no_grad():
         trainer.heads.location.bias[PLACES.index("Golgi.apparatus")] += 1e3
+        trainer.heads.membrane.bias[MEMBRANE_LABELS.index("M")] += 1e3
+        trainer.heads.shares.weight.zero_()
+        trainer.heads.shares.bias.copy_(torch.tensor([0.62, 1.4]))
     taught: list[Conversation] = []
     answer_loss = trainer._answer_loss
 
@@ -487,10 +501,32 @@ def test_the_decoder_is_taught_the_location_that_the_encoder_finds(
 
     monkeypatch.setattr(trainer, "_answer_loss", watched)
     for k in range(12):
-        trainer._protein_answers(k, random.Random(k))
-    said = [answers.claimed_location(one.answer) for one in taught]
-    assert {place for place in said if place} == {"Golgi.apparatus"}
-    assert any(answers.claimed_structure(one.answer) for one in taught)
+        trainer._protein_answers("joint", k, random.Random(k))
+    said = [
+        {read(one.answer) for one in taught} - {None}
+        for read in (answers.claimed_location, answers.claimed_membrane, answers.claimed_shares)
+    ]
+    assert said == [{"Golgi.apparatus"}, {"M"}, {(60, 100)}]
+
+
+def test_training_ends_with_the_molecules_that_people_type_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train(options(folder, tmp_path, steps=1), lambda line: None).trainer
+    assert len(trainer.everyday) >= len(shown_molecules())
+    drawn: list[Deck] = []
+    molecules = trainer.molecules
+
+    def watched(deck: Deck, *others: int) -> object:
+        drawn.append(deck)
+        return molecules(deck, *others)
+
+    monkeypatch.setattr(trainer, "_molecule_answers", lambda deck, k, rng: watched(deck, k))
+    monkeypatch.setattr(trainer, "_protein_answers", lambda *arguments: None)
+    for step in range(8):
+        trainer.everyday_loss(step)
+    tables = [deck.table for deck in drawn]
+    assert [table is trainer.everyday for table in tables] == [True, False] * 3
 
 
 def test_a_state_of_other_options_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ LOCATIONS = {
     "Peroxisome": "peroxisome",
     "Cytoplasm-Nucleus": "cytoplasm and the nucleus",
 }
-MEMBRANE = {"M": " It is a membrane protein.", "S": " It is a soluble protein.", "U": ""}
+MEMBRANE = {"M": "It is a membrane protein.", "S": "It is a soluble protein."}
 
 
 # ----------------------------------------------------------------------------------------------------- molecules
@@ -132,9 +132,9 @@ def bond_sentence(known: MoleculeFacts, rng: random.Random) -> str:
 
 
 def formula_sentence(known: MoleculeFacts, rng: random.Random) -> str:
-    """Molecular formula."""
+    """Molecular formula, after the elements: a model that writes token by token counts better out loud."""
     start = rng.choice(("In neutral form its molecular formula is", "Its molecular formula, in neutral form, is"))
-    return f"{start} {known.formula}."
+    return f"{composition_sentence(known, rng)} {start} {known.formula}."
 
 
 def size_sentence(known: MoleculeFacts, rng: random.Random) -> str:
@@ -188,30 +188,33 @@ MOLECULE_ANSWERS: dict[str, Callable[[MoleculeFacts, random.Random], str]] = {
 # ------------------------------------------------------------------------------------------------------ proteins
 
 
+STRUCTURES = ("mostly helical", "mostly strand", "mixed")
+
+
 def structure_class(helix: float, strand: float) -> str:
     """Mostly helical or mostly strand where one is at least a quarter of the chain and twice the other; else mixed."""
     if helix >= 0.25 and helix >= 2 * strand:
-        return "mostly helical"
+        return STRUCTURES[0]
     if strand >= 0.25 and strand >= 2 * helix:
-        return "mostly strand"
-    return "mixed"
+        return STRUCTURES[1]
+    return STRUCTURES[2]
 
 
-def _tens(share: float) -> int:
-    return int(share * 10 + 0.5) * 10
+def tenths(share: float) -> int:
+    """A share in tenths, halves rounded up."""
+    return int(share * 10 + 0.5)
 
 
 def location_answer(location: str, membrane: str, rng: random.Random) -> str:
     """Where a protein is; ``location`` and ``membrane`` as DeepLoc writes them."""
     start = rng.choice(("This protein is located in the", "The protein is found in the"))
-    return f"{start} {LOCATIONS[location]}.{MEMBRANE[membrane]}"
+    return f"{start} {LOCATIONS[location]}. {MEMBRANE[membrane]}"
 
 
-def structure_answer(structure: str, rng: random.Random) -> str:
-    """Secondary structure; ``structure`` is one of H, E, C per residue."""
-    helix, strand = structure.count("H") / len(structure), structure.count("E") / len(structure)
+def structure_answer(helix: float, strand: float, rng: random.Random) -> str:
+    """Secondary structure from the shares of helix and strand, from 0 to 1."""
     start = rng.choice(("The structure of this protein is", "This protein is"))
-    shares = f"with about {_tens(helix)} percent helix and {_tens(strand)} percent strand"
+    shares = f"with about {10 * tenths(helix)} percent helix and {10 * tenths(strand)} percent strand"
     return f"{start} {structure_class(helix, strand)}, {shares}."
 
 
@@ -397,7 +400,7 @@ _SYMBOLS = {element(symbol): symbol for symbol in map(Chem.GetPeriodicTable().Ge
 
 
 def _location_claims(text: str) -> tuple[str, str] | None:
-    """DeepLoc's names of what an answer states: the location, and M, S or, where nothing is said, U."""
+    """DeepLoc's names of what an answer states: the location, and M or S."""
     match = _LOCATION.fullmatch(text)
     return (_LABELS[match["location"]], _LABELS[match["membrane"]]) if match else None
 
@@ -409,11 +412,11 @@ def _one_of(name: str, texts: Iterable[str]) -> str:
 _LABELS = {text: label for label, text in (*LOCATIONS.items(), *MEMBRANE.items())}
 _LOCATION = re.compile(
     r"(?:This protein is located|The protein is found) in the "
-    rf"{_one_of('location', LOCATIONS.values())}\.{_one_of('membrane', MEMBRANE.values())}"
+    rf"{_one_of('location', LOCATIONS.values())}\. {_one_of('membrane', MEMBRANE.values())}"
 )
 _STRUCTURE = re.compile(
     r"(?:The structure of this protein is|This protein is) "
-    rf"{_one_of('structure', (structure_class(helix, strand) for helix, strand in ((1, 0), (0, 1), (0, 0))))}, "
+    rf"{_one_of('structure', STRUCTURES)}, "
     r"with about (?P<helix>0|[1-9]0|100) percent helix and (?P<strand>0|[1-9]0|100) percent strand\."
 )
 
@@ -425,9 +428,9 @@ def claimed_location(text: str) -> str | None:
 
 
 def claimed_membrane(text: str) -> str | None:
-    """M for a membrane protein, S for a soluble one, None where an answer says neither."""
+    """M where an answer says that it is a membrane protein, S for a soluble one."""
     stated = _location_claims(text)
-    return stated[1] if stated and stated[1] != "U" else None
+    return stated[1] if stated else None
 
 
 def claimed_structure(text: str) -> str | None:
@@ -446,7 +449,7 @@ def claimed_shares(text: str) -> tuple[int, int] | None:
 _FIELDS = {
     "describe": {field.name for field in fields(MoleculeClaims)},
     "composition": {"heavy", "composition"},
-    "formula": {"formula"},
+    "formula": {"heavy", "composition", "formula"},
     "rings": {"rings", "aromatic"},
     "aromatic": {"aromatic"},
     "groups": {"groups"},

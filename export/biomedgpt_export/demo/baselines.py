@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from ..errors import TrainingDataError
 from .answers import MoleculeClaims, claims_of
 from .chemistry import facts, neutral_form
-from .location_teacher import AMINO_ACIDS
+from .protein_teacher import AMINO_ACIDS
 
 _RADIUS, _BITS = 2, 2048
 # Inverse strengths of regularisation that cross-validation chooses from, and its parts.

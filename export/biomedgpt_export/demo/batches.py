@@ -109,7 +109,8 @@ class ProteinBatch:
     Attributes:
         ids: int64 ``[B, T]``.
         residues: int64 ``[B, T]``, H, E, C as 0, 1, 2, else ``IGNORE``.
-        places: float ``[B, locations]``, the probabilities to learn.
+        places, membrane: float ``[B, locations]`` and ``[B, 2]``, the probabilities to learn.
+        shares: float ``[B, 2]``, of helix and strand.
         learnt: float ``[B, LEARNT_FEATURES]``, the features to predict.
         share: proteins here over those of an average batch.
         structured: share of the proteins that have a structure.
@@ -118,6 +119,8 @@ class ProteinBatch:
     ids: Tensor
     residues: Tensor
     places: Tensor
+    membrane: Tensor
+    shares: Tensor
     learnt: Tensor
     share: float
     structured: float
@@ -131,8 +134,8 @@ def protein_batch(pool: PoolBatch) -> ProteinBatch:
         if record.structure:
             residues[row, 1:-1] = torch.tensor(["HEC".index(c) for c in record.structure])
     structured = sum(bool(record.structure) for record in pool.records) / len(pool.records)
-    places, learnt = torch.from_numpy(pool.places), torch.from_numpy(pool.learnt)
-    return ProteinBatch(ids, residues, places, learnt, pool.share, structured)
+    taught = {field.name: torch.from_numpy(getattr(pool.taught, field.name)) for field in fields(pool.taught)}
+    return ProteinBatch(ids, residues, **taught, share=pool.share, structured=structured)
 
 
 @dataclass(frozen=True)

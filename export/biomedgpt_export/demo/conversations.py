@@ -15,14 +15,14 @@ from biomedgpt_edge.prompt import Input, Turn
 
 from . import answers
 from .chemistry import MoleculeFacts
-from .proteins import ProteinRecord
+from .proteins import ProteinFacts
 from .questions import FOLLOW_UPS, OTHER, WORDINGS
 
 # Something of the right kind; only its kind matters to the texts around it.
 _SOME: dict[str, Input] = {"molecule": Molecule.from_smiles("C"), "protein": Protein.from_sequence("M")}
 
 _SINGLE_KINDS = tuple(kind for kind in answers.MOLECULE_ANSWERS if kind != "describe")
-_DESCRIBED, _CANONICAL = 0.5, 0.45
+_DESCRIBED, _CANONICAL, _LOCATION = 0.5, 0.45, 0.55
 
 
 @dataclass(frozen=True)
@@ -123,41 +123,32 @@ def molecule_chat(known: Sequence[MoleculeFacts], subject: int, rng: random.Rand
 # --------------------------------------------------------------------------------------------------------- proteins
 
 
-def protein_answer(record: ProteinRecord, rng: random.Random) -> tuple[str, str]:
-    """The kind of question that a record has the answer to, and the answer."""
-    if record.location:
-        return "location", answers.location_answer(record.location, record.membrane, rng)
-    return "structure", answers.structure_answer(record.structure, rng)
+def _protein_answer(known: ProteinFacts, rng: random.Random) -> tuple[str, str]:
+    """A kind of question, and its answer."""
+    if rng.random() < _LOCATION:
+        return "location", answers.location_answer(known.location, known.membrane, rng)
+    return "structure", answers.structure_answer(known.helix, known.strand, rng)
 
 
-def about_protein(record: ProteinRecord, subject: int, rng: random.Random, *, refused: float = 0.15) -> Exchange:
+def about_protein(known: ProteinFacts, subject: int, rng: random.Random, *, refused: float = 0.15) -> Exchange:
     """One question about one protein; with probability ``refused`` one that has no answer here."""
     if rng.random() < refused:
         return _refused("protein", (subject,), rng)
-    kind, answer = protein_answer(record, rng)
+    kind, answer = _protein_answer(known, rng)
     return Exchange(_wording(kind, rng), answer, "protein", (subject,))
 
 
-def protein_chat(records: Sequence[ProteinRecord], subject: int, elsewhere: ProteinRecord, rng: random.Random) -> (
-    Conversation
-):  # fmt: skip
-    """Two turns about a protein of the batch.
-
-    Where the first turn is a question that this protein has no known answer to, it gets that of the record
-    ``elsewhere``: it is context only, and the model learns not to lean on it.
-    """
-    mine, other = records[subject], rng.randrange(len(records))
+def protein_chat(known: Sequence[ProteinFacts], subject: int, rng: random.Random) -> Conversation:
+    """Two turns that end on protein ``subject`` of the batch; some bring in another one."""
+    mine, other = known[subject], rng.randrange(len(known))
     choice = rng.random()
     if choice < 0.1:
         two = about_protein(mine, subject, rng)
         return Conversation((Exchange(two.question, answers.HONEST, "protein", (other, subject)),))
     if choice < 0.25:
-        return Conversation((about_protein(records[other], other, rng), about_protein(mine, subject, rng)))
-    if choice < 0.5:
-        first = about_protein(elsewhere, subject, rng, refused=0.0)
-    else:
-        first = about_protein(mine, subject, rng, refused=0.4)
+        return Conversation((about_protein(known[other], other, rng), about_protein(mine, subject, rng)))
+    first = about_protein(mine, subject, rng, refused=0.25)
     if rng.random() < 0.2:
         return Conversation((first, Exchange(_refused("protein", (), rng).question, answers.HONEST)))
-    kind, answer = protein_answer(mine, rng)
+    kind, answer = _protein_answer(mine, rng)
     return Conversation((first, Exchange(reworded(rng.choice(FOLLOW_UPS[kind]), rng), answer)))

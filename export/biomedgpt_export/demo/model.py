@@ -433,7 +433,39 @@ class DemoModel(nn.Module):
 
 
 # Standard deviation of the shares of helix and strand among proteins.
-_SHARE_SPREAD = 0.2
+SHARE_SPREAD = 0.2
+
+
+class Stretch(nn.Module):
+    """Predictions, stretched around their mean so that they spread as much as what they predict.
+
+    A regression says too little of extremes, and a threshold is then passed too seldom. Means and spreads are those of
+    the last thousand or so.
+    """
+
+    _MOMENTUM, _MOST = 0.02, 2.0
+
+    said: Tensor
+    true: Tensor
+
+    def __init__(self, values: int) -> None:
+        super().__init__()
+        # Mean, and mean square.
+        self.register_buffer("said", torch.tensor([[0.3] * values, [0.13] * values]))
+        self.register_buffer("true", torch.tensor([[0.3] * values, [0.13] * values]))
+
+    @torch.no_grad()
+    def observe(self, said: Tensor, true: Tensor) -> None:
+        """Both ``[B, values]``, of the same things."""
+        for moments, values in ((self.said, said), (self.true, true)):
+            moments.lerp_(torch.stack([values.mean(0), values.square().mean(0)]), self._MOMENTUM)
+
+    def forward(self, said: Tensor) -> Tensor:
+        """``[B, values]``."""
+        spreads = [(moments[1] - moments[0].square()).clamp(min=1e-6).sqrt() for moments in (self.said, self.true)]
+        factor = (spreads[1] / spreads[0]).clamp(1.0, self._MOST)
+        stretched: Tensor = self.true[0] + factor * (said - self.said[0])
+        return stretched
 
 
 class TrainingHeads(nn.Module):
@@ -442,11 +474,11 @@ class TrainingHeads(nn.Module):
     Attributes:
         atom: per atom, from GIN: groups (multi-label), hydrogens, aromaticity, smallest ring.
         residue: per residue, from ESM: H, E or C.
-        shares: per protein, from ESM's first position: the shares of helix and strand.
-        location: per protein, from ESM's first position (``<cls>``), where the decoder finds it too.
+        shares: per protein, from the mean over its residues: the shares of helix and strand; ``stretch`` spreads them.
+        location, membrane: per protein, from ESM's first position (``<cls>``).
         learnt: per protein, from the same: features of the whole sequence.
         counts: per molecule, from the decoder's residual at the last prompt token: the numbers the answer will state.
-        found: per protein, from the same: the location that the encoder finds.
+        found: per protein, from the same: what the encoder finds, which the answer will state.
     """
 
     def __init__(
@@ -458,46 +490,46 @@ class TrainingHeads(nn.Module):
         locations: int,
         learnt: int,
         count_classes: tuple[int, ...],
+        found_classes: tuple[int, ...],
     ) -> None:
         super().__init__()
         self.groups = groups
         self.atom_classes = atom_classes
         self.count_classes = count_classes
+        self.found_classes = found_classes
         self.atom = nn.Linear(config.gin_hidden, groups + sum(atom_classes))
         self.residue = nn.Linear(config.esm_hidden, 3)
         self.shares = nn.Linear(config.esm_hidden, 2)
+        self.stretch = Stretch(2)
         self.location = nn.Linear(config.esm_hidden, locations)
+        self.membrane = nn.Linear(config.esm_hidden, 2)
         self.learnt = nn.Linear(config.esm_hidden, learnt)
         self.prompt_norm = RMSNorm(config.hidden, config.rms_eps)
         self.counts = nn.Linear(config.hidden, groups + sum(count_classes))
-        self.found = nn.Linear(config.hidden, locations)
+        self.found = nn.Linear(config.hidden, sum(found_classes))
 
     def atom_loss(self, nodes: Tensor, groups: Tensor, labels: Tensor) -> Tensor:
         """``nodes [N, d]``, ``groups [N, G]`` 0/1, ``labels [N, len(atom_classes)]``."""
         return _multi_loss(self.atom(nodes).float(), groups, labels, self.atom_classes, 3.0)
-
-    def share_loss(self, first: Tensor, residues: Tensor) -> Tensor:
-        """``first [B, d]``; ``residues [B, T]``: H, E, C as 0, 1, 2, else negative; rows without any do not count."""
-        known = (residues >= 0).sum(1)
-        wanted = torch.stack([(residues == label).sum(1) for label in (0, 1)], 1) / known.clamp(min=1)[:, None]
-        found: Tensor = self.shares(first).float()
-        return ((found - wanted)[known > 0] / _SHARE_SPREAD).square().mean()
 
     def count_loss(self, states: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
         """``states [B, d]``, ``groups [B, G]`` 0/1, ``counts [B, len(count_classes)]``, clipped to their classes."""
         logits = self.counts(self.prompt_norm(states)).float()
         return _multi_loss(logits, groups, counts, self.count_classes, 3.0)
 
-    def found_loss(self, states: Tensor, places: Tensor) -> Tensor:
-        """``states [B, d]``, ``places [B]``: indices of locations."""
-        return F.cross_entropy(self.found(self.prompt_norm(states)).float(), places)
+    def found_loss(self, states: Tensor, found: Tensor) -> Tensor:
+        """``states [B, d]``, ``found [B, len(found_classes)]``."""
+        return _class_losses(self.found(self.prompt_norm(states)).float(), found, self.found_classes)
 
 
 def _multi_loss(logits: Tensor, groups: Tensor, labels: Tensor, classes: tuple[int, ...], weight: float) -> Tensor:
     """Binary cross-entropy of the groups times ``weight``, plus one cross-entropy per label column."""
-    loss = weight * F.binary_cross_entropy_with_logits(logits[:, : groups.shape[1]], groups)
-    start = groups.shape[1]
-    for column, size in enumerate(classes):
-        loss = loss + F.cross_entropy(logits[:, start : start + size], labels[:, column])
-        start += size
-    return loss
+    members = groups.shape[1]
+    loss = weight * F.binary_cross_entropy_with_logits(logits[:, :members], groups)
+    return loss + _class_losses(logits[:, members:], labels, classes)
+
+
+def _class_losses(logits: Tensor, labels: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """Sum of one cross-entropy per label column, whose logits stand side by side."""
+    parts = zip(logits.split(classes, 1), labels.unbind(1), strict=True)
+    return torch.stack([F.cross_entropy(part, column) for part, column in parts]).sum()

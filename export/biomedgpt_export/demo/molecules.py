@@ -164,14 +164,19 @@ class MoleculeSplit:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+def shown_molecules() -> dict[str, str]:
+    """SMILES of everyday molecules and of those well-known ones that training shows, with their roles."""
+    shown = {one.smiles: "well-known" for one in well_known() if one.shown}
+    return {**dict.fromkeys(EVERYDAY.values(), "everyday"), **shown}
+
+
 def split(data: Path, workers: int = 1) -> MoleculeSplit:
     """Divides the molecules of ``data``, of ``everyday`` and of ``well_known``.
 
     Raises:
         TrainingDataError: nothing usable in the sources.
     """
-    shown = {one.smiles: "well-known" for one in well_known() if one.shown}
-    shown = {**dict.fromkeys(EVERYDAY.values(), "everyday"), **shown}
+    shown = shown_molecules()
     libraries, chebi_source = molecule_lines(data), chebi_lines(data)
     every = list(_mapped(screen, [*libraries, *chebi_source], workers))
     left_out = Counter(one.problem for one in every if one.problem)
@@ -408,6 +413,12 @@ def molecule_table(molecules: list[tuple[str, str]], workers: int = 1) -> tuple[
             else:
                 left_out["spellings like another one"] += 1
     return _as_table(records), left_out
+
+
+@cache
+def everyday_table() -> MoleculeTable:
+    """Of :func:`shown_molecules` alone; always the same, so it is made once."""
+    return molecule_table(list(shown_molecules().items()))[0]
 
 
 def _mapped(function: Callable[[_In], _Out], items: list[_In], workers: int) -> Iterator[_Out]:

@@ -8,16 +8,16 @@ on the seed and the step only.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
 
 from biomedgpt_edge.protein_tokens import MAX_RESIDUES
 
-from .answers import LOCATIONS
-from .location_teacher import F32, GROUPS, LocationTeacher
+from .protein_teacher import F32, MEMBRANE_LABELS, PLACES, ProteinTeacher, Taught
 from .proteins import ProteinRecord, ProteinSplit
 
-PLACES = tuple(LOCATIONS)
-_LABEL_WEIGHT = 0.5  # of a protein's own label beside the teacher's probabilities
+_LABEL_WEIGHT = 0.5  # of a protein's own labels beside what the teacher says
 _WHOLE, _SHORTENED, _CHIMERA_HEAD, _CHIMERA = 0.3, (100, 340), (15, 100), (100, 300)
 _STRUCTURED_PIECE, _FROM_START = (160, 320), 0.6
 _MUTATED, _MOST_MUTATED, _SIMILAR = 0.5, 0.15, 0.7
@@ -37,14 +37,12 @@ class PoolBatch:
 
     Attributes:
         records: altered sequences with their labels; a chimera has none.
-        places: the teacher's probabilities, mixed with the label where there is one, ``[B, locations]``.
-        learnt: features the encoder is to predict, ``[B, LEARNT_FEATURES]``.
+        taught: what the teacher says of them, mixed with the labels where there are some.
         share: proteins here over those of an average batch.
     """
 
     records: list[ProteinRecord]
-    places: F32
-    learnt: F32
+    taught: Taught
     share: float
 
 
@@ -52,8 +50,7 @@ class PoolBatch:
 class _Epoch:
     number: int
     records: list[ProteinRecord]
-    places: F32
-    learnt: F32
+    taught: Taught
     batches: list[list[int]]
 
 
@@ -68,7 +65,7 @@ class ProteinPool:
     """
 
     def __init__(
-        self, split: ProteinSplit, teacher: LocationTeacher, seed: str, *, tokens: int, chimeras: int, structured: int
+        self, split: ProteinSplit, teacher: ProteinTeacher, seed: str, *, tokens: int, chimeras: int, structured: int
     ) -> None:
         self._split = split
         self._teacher = teacher
@@ -91,8 +88,7 @@ class ProteinPool:
         average = len(epoch.records) / len(epoch.batches)
         return PoolBatch(
             records=[_without_middle(record, shortest, rng.randint(shortest // 4, shortest)) for record in records],
-            places=epoch.places[chosen],
-            learnt=epoch.learnt[chosen],
+            taught=Taught(**{field.name: getattr(epoch.taught, field.name)[chosen] for field in fields(Taught)}),
             share=len(chosen) / average,
         )
 
@@ -107,20 +103,31 @@ class ProteinPool:
             groups.append(first.group)
         for record in rng.sample(self._split.structured, self._structured):
             records.append(_piece(record, rng))
-            groups.append(GROUPS)
-        places, learnt = self._teacher.probabilities([record.sequence for record in records], groups)
+            groups.append(record.group)
+        taught = self._teacher.teach([record.sequence for record in records], groups)
         for row, record in enumerate(records):
-            if record.location:
-                places[row] *= 1 - _LABEL_WEIGHT
-                places[row, PLACES.index(record.location)] += _LABEL_WEIGHT
-        return _Epoch(number, records, places, learnt, _batches(records, self._tokens, rng))
+            _mix_in_labels(record, taught, row)
+        return _Epoch(number, records, taught, _batches(records, self._tokens, rng))
 
 
-def fit_teacher(split: ProteinSplit) -> LocationTeacher:
-    """The teacher of the training proteins."""
-    located = split.located
-    labels = [PLACES.index(record.location) for record in located]
-    return LocationTeacher([r.sequence for r in located], labels, [r.group for r in located], len(PLACES))
+def _mix_in_labels(record: ProteinRecord, taught: Taught, row: int) -> None:
+    """Half of what is learnt of a record is what is known of it, where something is."""
+
+    def mix(said: F32, known: F32) -> None:
+        said[row] += _LABEL_WEIGHT * (known - said[row])
+
+    if record.location:
+        mix(taught.places, _only(PLACES.index(record.location), len(PLACES)))
+    if record.membrane in MEMBRANE_LABELS:
+        mix(taught.membrane, _only(MEMBRANE_LABELS.index(record.membrane), len(MEMBRANE_LABELS)))
+    if record.structure:
+        mix(taught.shares, np.array(record.shares, np.float32))
+
+
+def _only(index: int, size: int) -> F32:
+    one = np.zeros(size, np.float32)
+    one[index] = 1
+    return one
 
 
 def _batches(records: list[ProteinRecord], tokens: int, rng: random.Random) -> list[list[int]]:

@@ -10,23 +10,24 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from biomedgpt_edge.protein_tokens import ALLOWED_RESIDUES
+from biomedgpt_edge.protein_tokens import ALLOWED_RESIDUES, MAX_RESIDUES
 
 from ..errors import TrainingDataError
 from .answers import LOCATIONS, MEMBRANE
 from .data import LOCATION_FILE, STRUCTURE_FILE, order, rows
-from .location_teacher import GROUPS
 from .similarity import clusters
 
 MIN_RESIDUES = 30
 HELD_OUT_SHARE = 0.12
+GROUPS = 8
 
 
 @dataclass(frozen=True)
 class ProteinRecord:
-    """A protein with a location (``membrane`` is M, S or U) or a secondary structure (H, E, C per residue).
+    """A protein with a location, or with a structure (H, E, C per residue).
 
-    Similar sequences have the same ``group``, a number below ``location_teacher.GROUPS``.
+    ``membrane`` is M (membrane protein), S (soluble) or U (unknown). Similar sequences have the same ``group``, a
+    number below ``GROUPS``.
     """
 
     sequence: str
@@ -34,6 +35,22 @@ class ProteinRecord:
     membrane: str = "U"
     structure: str = ""
     group: int = 0
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Helix and strand, from 0 to 1, of the residues that the encoder reads; there must be a structure."""
+        read = self.structure[:MAX_RESIDUES]
+        return read.count("H") / len(read), read.count("E") / len(read)
+
+
+@dataclass(frozen=True)
+class ProteinFacts:
+    """What answers say of a protein: location and membrane (M or S) as DeepLoc writes them, shares from 0 to 1."""
+
+    location: str
+    membrane: str
+    helix: float
+    strand: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ def _located(data: Path) -> list[ProteinRecord]:
     for _, sequence, location, membrane in (row[:4] for row in list(rows(data / LOCATION_FILE, 4))[1:]):
         if location not in LOCATIONS:
             raise TrainingDataError(f"{LOCATION_FILE}: unknown location {location!r}.", seen=location)
-        if membrane not in MEMBRANE:
+        if membrane not in (*MEMBRANE, "U"):
             raise TrainingDataError(f"{LOCATION_FILE}: membrane is {membrane!r}, not M, S or U.", seen=membrane)
         records.append(ProteinRecord(sequence, location=location, membrane=membrane))
     return records

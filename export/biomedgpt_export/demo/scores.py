@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_edge.errors import InputError, OptionError
-from biomedgpt_edge.protein_tokens import MAX_RESIDUES
 
 from ..errors import TrainingDataError
 from . import answers
@@ -419,15 +418,9 @@ def _misses(names: Sequence[str], truth: Sequence[MoleculeClaims], said: Sequenc
 # --------------------------------------------------------------------------------------------------------- proteins
 
 
-def structure_shares(record: ProteinRecord) -> tuple[float, float]:
-    """Helix and strand, from 0 to 1, of the residues that the encoder reads."""
-    structure = record.structure[:MAX_RESIDUES]
-    return structure.count("H") / len(structure), structure.count("E") / len(structure)
-
-
 def structure_class(record: ProteinRecord) -> str:
     """Structure class of the residues that the encoder reads."""
-    return answers.structure_class(*structure_shares(record))
+    return answers.structure_class(*record.shares)
 
 
 @dataclass(frozen=True)
@@ -469,8 +462,8 @@ class Answered:
 
         The commonest value is the training mean, rounded to ten.
         """
-        truth = [structure_shares(record)[which] for record in self.records]
-        usual = 10 * round(10 * float(np.mean([structure_shares(record)[which] for record in self.training])))
+        truth = [record.shares[which] for record in self.records]
+        usual = 10 * round(10 * float(np.mean([record.shares[which] for record in self.training])))
 
         def near(said: Sequence[int | None]) -> Counts:
             # A little more than ten, for a share such as 0.3 is not exact.

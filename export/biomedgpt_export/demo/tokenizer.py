@@ -18,7 +18,7 @@ from ..families.biomedgpt_10b import PROMPT_TEMPLATE
 from . import answers
 from .conversations import Conversation, about_molecule, about_nothing, about_protein, molecule_chat, protein_chat
 from .molecules import MoleculeTable
-from .proteins import ProteinSplit
+from .proteins import ProteinFacts, ProteinSplit
 
 PIECES = 1024
 _DESCRIPTIONS = 6000
@@ -60,10 +60,15 @@ def corpus(table: MoleculeTable, split: ProteinSplit, seed: int) -> Iterator[str
     for _ in range(_PROMPTS // 3):
         yield from _texts(molecule_chat([table.facts(rng.randrange(len(table)))], 0, rng))
         yield from _texts(Conversation((about_nothing(rng),)))
-    for records, others in ((split.located, split.structured), (split.structured, split.located)):
-        for _ in range(_PROMPTS // 3):
-            yield from _texts(Conversation((about_protein(rng.choice(records), 0, rng),)))
-            yield from _texts(protein_chat([rng.choice(records)], 0, rng.choice(others), rng))
+    for _ in range(2 * _PROMPTS // 3):
+        yield from _texts(Conversation((about_protein(_some_facts(split, rng), 0, rng),)))
+        yield from _texts(protein_chat([_some_facts(split, rng)], 0, rng))
+
+
+def _some_facts(split: ProteinSplit, rng: random.Random) -> ProteinFacts:
+    """What an answer might say: the location of one protein, the structure of another."""
+    location, shares = rng.choice(split.located).location, rng.choice(split.structured).shares
+    return ProteinFacts(location, rng.choice(tuple(answers.MEMBRANE)), *shares)
 
 
 class _Recorder:

@@ -24,15 +24,15 @@ from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..errors import TrainingDataError
 from .data import file_hashes
-from .molecules import PreparedMolecules, prepared_molecules
+from .molecules import PreparedMolecules, everyday_table, prepared_molecules
 from .proteins import ProteinSplit, proteins
 from .tokenizer import corpus, train_tokenizer
 from .trainer import STAGES, Trainer, TrainOptions
 
 STATE = "last.pt"
-_STEPS_PER_JOINT_STEP = {"gin": 0.45, "esm": 0.6, "joint": 1.0}
+_STEPS_PER_JOINT_STEP = {"gin": 0.45, "esm": 1.2, "joint": 1.0, "everyday": 0.12}
 # What a step costs on a CPU beside one of the joint stage.
-_COST = {"gin": 0.16, "esm": 0.25, "joint": 1.0}
+_COST = {"gin": 0.16, "esm": 0.25, "joint": 1.0, "everyday": 0.6}
 _WARMUP = 0.03
 _TRIM_EVERY = 20
 
@@ -287,7 +287,7 @@ def train(options: TrainOptions, log: Callable[[str], None], stop_after: int | N
     )
     for reason, count in (molecules.left_out | split.left_out).items():
         log(f"left out, {reason}: {count}")
-    trainer = Trainer(options, molecules.table, split, parts.tokenizer)
+    trainer = Trainer(options, molecules.table, everyday_table(), split, parts.tokenizer)
     run = Run(trainer, Progress(plan=plan_steps(options)), parts.sources, log)
     if run.resume():
         log(f"continues at {run.progress.stage}, step {run.progress.step}")

@@ -1,10 +1,12 @@
-"""The losses and optimizers of the three training stages.
+"""The losses and optimizers of the training stages.
 
 1. ``gin``: labels of every atom (groups, hydrogens, rings).
-2. ``esm``: secondary structure per residue; location and features of the whole, which a teacher says, per protein.
+2. ``esm``: secondary structure per residue; of the whole, location, membrane, shares of helix and strand and features,
+   which a teacher says.
 3. ``joint``: questions and answers through the whole model, the losses of the first two stages kept at a low weight.
+4. ``everyday``: the same at a lower rate; every other batch of molecules is of those that people type first.
 
-GIN's batch statistics are measured after stage 1 and frozen, so that stage 3 trains exactly what inference computes;
+GIN's batch statistics are measured after stage 1 and frozen, so that later stages train what inference computes;
 towards the end, that is what an int4 bundle computes (quantization-aware training).
 What a step sees depends on the seed and the step only.
 """
@@ -21,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from biomedgpt_edge.protein_tokens import SPECIAL_POSITIONS
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from ..errors import TrainingDataError
 from ..quantize.rtn import RoundToNearest
+from .answers import STRUCTURES, structure_class, tenths
 from .batches import (
     IGNORE,
     BatchOrder,
@@ -38,26 +42,30 @@ from .batches import (
 )
 from .chemistry import ATOM_CLASSES, COUNTS, GROUPS, MoleculeFacts
 from .conversations import Conversation, about_molecule, about_nothing, about_protein, molecule_chat, protein_chat
-from .location_teacher import LEARNT_FEATURES
-from .model import DemoConfig, DemoModel, TrainingHeads
+from .model import SHARE_SPREAD, DemoConfig, DemoModel, TrainingHeads
 from .molecules import MoleculeTable
-from .protein_pool import PLACES, ProteinPool, fit_teacher
-from .proteins import ProteinRecord, ProteinSplit
+from .protein_pool import ProteinPool
+from .protein_teacher import LEARNT_FEATURES, MEMBRANE_LABELS, PLACES, ProteinTeacher
+from .proteins import ProteinFacts, ProteinSplit
 from .tokenizer import PIECES, PromptEncoder
 
-STAGES = ("gin", "esm", "joint")
+STAGES = ("gin", "esm", "joint", "everyday")
 _CHAT_SHARE = 0.12
 _NOTHING_SHARE = 0.03
 _PROTEIN_EVERY = 4
 _POOLS = {
-    "esm": {"tokens": 4096, "chimeras": 3000, "structured": 4000},
+    "esm": {"tokens": 4096, "chimeras": 3000, "structured": 8000},
     # Chimeras are good to learn features from, but nothing that anyone asks about.
     "joint": {"tokens": 3072, "chimeras": 0, "structured": 4000},
+    "everyday": {"tokens": 3072, "chimeras": 0, "structured": 4000},
 }
-# Of the proteins with a structure, those that are asked for their location.
-_LOCATED_SHARE = 0.25
+# What an answer says of a protein: location, membrane, structure class, tenths of helix and of strand.
+_FOUND_CLASSES = (len(PLACES), len(MEMBRANE_LABELS), len(STRUCTURES), 11, 11)
+_PROTEIN_WEIGHTS = {"places": 1.0, "membrane": 0.3, "shares": 0.5, "learnt": 0.3}
+_RESIDUE_WEIGHT = 0.5
 _ENCODER_RATE = 0.25
-# In the last part of the joint stage, layers compute with the weights that an int4 bundle would store.
+_EVERYDAY_RATE = 0.2
+# In the last part of the joint stage, and after it, layers compute with the weights that an int4 bundle would store.
 _ROUNDED_SHARE = 0.3
 
 
@@ -80,14 +88,30 @@ class TrainOptions:
     sizes: DemoConfig | None = None
 
 
-class Trainer:
-    """Model, data and the losses of the three stages."""
+@dataclass(frozen=True)
+class Deck:
+    """A table of molecules, and the order in which they are drawn."""
 
-    def __init__(self, options: TrainOptions, table: MoleculeTable, split: ProteinSplit, tokenizer: Tokenizer) -> None:
+    table: MoleculeTable
+    order: BatchOrder
+
+
+class Trainer:
+    """Model, data and the losses of the stages."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        table: MoleculeTable,
+        everyday: MoleculeTable,
+        split: ProteinSplit,
+        tokenizer: Tokenizer,
+    ) -> None:
         torch.manual_seed(options.seed)
         self.options = options
         self.device = torch.device(options.device)
         self.table = table
+        self.everyday = everyday
         self.split = split
         self.prompts = PromptEncoder(tokenizer)
         config = options.sizes or DemoConfig(pieces=len(tokenizer))
@@ -100,24 +124,32 @@ class Trainer:
             locations=len(PLACES),
             learnt=LEARNT_FEATURES,
             count_classes=tuple(COUNTS.values()),
+            found_classes=_FOUND_CLASSES,
         ).to(self.device)
         self.dtype = torch.bfloat16 if options.bf16 else torch.float32
         self._orders()
 
     def _orders(self) -> None:
-        if not len(self.table) or not self.split.located or not self.split.structured:
+        known = [record for record in self.split.located if record.membrane in MEMBRANE_LABELS]
+        counts = {
+            "molecules": len(self.table),
+            "proteins with a location": len(self.split.located),
+            "proteins that are known to be in a membrane or not": len(known),
+            "proteins with a structure": len(self.split.structured),
+        }
+        if not all(counts.values()):
+            missing = ", ".join(name for name, count in counts.items() if not count)
             raise TrainingDataError(
-                "no training molecules, or no proteins with a location or a structure.",
-                seen=[len(self.table), len(self.split.located), len(self.split.structured)],
-                remedy="Use the full data files.",
+                f"there is nothing to train on: no {missing}.", seen=counts, remedy="Use the full data files."
             )
         seed, size = self.options.seed * 10, self.options.molecules_per_batch
-        self.mixed = BatchOrder(self.table.sizes, 2 * size, seed + 1, None)
-        self.sorted = BatchOrder(self.table.sizes, size, seed + 2, 4.0)
-        teacher = fit_teacher(self.split)
+        self.mixed = Deck(self.table, BatchOrder(self.table.sizes, 2 * size, seed + 1, None))
+        self.sorted = Deck(self.table, BatchOrder(self.table.sizes, size, seed + 2, 4.0))
+        self.sorted_again = Deck(self.table, BatchOrder(self.table.sizes, size, seed + 3, 4.0))
+        self.sorted_everyday = Deck(self.everyday, BatchOrder(self.everyday.sizes, size, seed + 4, 4.0))
+        teacher = ProteinTeacher(self.split.located, self.split.structured)
         self.pools = {
-            stage: ProteinPool(self.split, teacher, f"{self.options.seed}:{stage}", **_POOLS[stage])
-            for stage in ("esm", "joint")
+            stage: ProteinPool(self.split, teacher, f"{self.options.seed}:{stage}", **_POOLS[stage]) for stage in _POOLS
         }
 
     # ---------------------------------------------------------------------------------------------- batches
@@ -126,10 +158,10 @@ class Trainer:
         """Random choices of one step."""
         return random.Random(f"{self.options.seed}:{stage}:{step}")
 
-    def molecules(self, order: BatchOrder, k: int, every: int = 1) -> tuple[list[int], MoleculeBatch]:
-        """Table rows of batch ``k`` of ``order`` or ``every`` so manieth of them, and the batch."""
-        rows = order.batch(k)[::every]
-        return rows.tolist(), moved(molecule_batch(self.table, rows), self.device)
+    def molecules(self, deck: Deck, k: int, every: int = 1) -> tuple[list[int], MoleculeBatch]:
+        """Table rows of batch ``k`` of ``deck`` or ``every`` so manieth of them, and the batch."""
+        rows = deck.order.batch(k)[::every]
+        return rows.tolist(), moved(molecule_batch(deck.table, rows), self.device)
 
     # ----------------------------------------------------------------------------------------------- losses
 
@@ -155,16 +187,24 @@ class Trainer:
 
     def joint_loss(self, step: int) -> dict[str, Tensor]:
         """One batch of questions and answers: proteins every fourth step, else molecules."""
-        rng = self.rng("joint", step)
+        rng, k = self.rng("joint", step), step // _PROTEIN_EVERY
         if step % _PROTEIN_EVERY == _PROTEIN_EVERY - 1:
-            return self._protein_answers(step // _PROTEIN_EVERY, rng)
-        return self._molecule_answers(step - step // _PROTEIN_EVERY, rng)
+            return self._protein_answers("joint", k, rng)
+        return self._molecule_answers(self.sorted, step - k, rng)
 
-    def _molecule_answers(self, k: int, rng: random.Random) -> dict[str, Tensor]:
+    def everyday_loss(self, step: int) -> dict[str, Tensor]:
+        """The same, and the molecules are in turn everyday ones and any."""
+        rng, k = self.rng("everyday", step), step // _PROTEIN_EVERY
+        if step % _PROTEIN_EVERY == _PROTEIN_EVERY - 1:
+            return self._protein_answers("everyday", k, rng)
+        half, any_molecule = divmod(step - k, 2)
+        return self._molecule_answers(self.sorted_again if any_molecule else self.sorted_everyday, half, rng)
+
+    def _molecule_answers(self, deck: Deck, k: int, rng: random.Random) -> dict[str, Tensor]:
         # Chats are batches of their own: one long prompt among short ones would be padding for all the others.
         chat = rng.random() < _CHAT_SHARE
-        rows, batch = self.molecules(self.sorted, k, every=2 if chat else 1)
-        known = [self.table.facts(row) for row in rows]
+        rows, batch = self.molecules(deck, k, every=2 if chat else 1)
+        known = [deck.table.facts(row) for row in rows]
         conversations = [self._molecule_conversation(known, i, chat, rng) for i in range(len(rows))]
         subjects = [range(start, end) for start, end in zip(batch.starts, batch.starts[1:], strict=False)]
         with self.precision():
@@ -184,59 +224,62 @@ class Trainer:
         alone = rng.random() < _NOTHING_SHARE
         return Conversation((about_nothing(rng) if alone else about_molecule(known[subject], subject, rng),))
 
-    def _protein_answers(self, k: int, rng: random.Random) -> dict[str, Tensor]:
-        pool = self.pools["joint"].batch(k)
-        batch = moved(protein_batch(pool), self.device)
+    def _protein_answers(self, stage: str, k: int, rng: random.Random) -> dict[str, Tensor]:
+        batch = moved(protein_batch(self.pools[stage].batch(k)), self.device)
         chat = rng.random() < _CHAT_SHARE
         with self.precision():
             hidden = self.model.prot_structure_encoder(batch.ids, self.dtype)
-            found = self.heads.location(hidden[:, 0].detach()).argmax(1)
-        places = [PLACES[place] for place in found.tolist()]
-        records = [self._asked(record, place, rng) for record, place in zip(pool.records, places, strict=True)]
+            known = self._found(hidden.detach())
         conversations = [
-            protein_chat(records, i, self._asked_elsewhere(record, rng), rng)
-            if chat
-            else Conversation((about_protein(record, i, rng),))
-            for i, record in enumerate(records)
+            protein_chat(known, i, rng) if chat else Conversation((about_protein(one, i, rng),))
+            for i, one in enumerate(known)
         ]
         count, width = batch.ids.shape
         subjects = [range(i * width, (i + 1) * width) for i in range(count)]
         with self.precision():
             answer, states = self._answer_loss(conversations, subjects, self.model.proj_prot(hidden).flatten(0, 1))
-            said = self.heads.found_loss(states, found)
+            said = self.heads.found_loss(states, torch.tensor([_classes(one) for one in known], device=self.device))
             labels = self._protein_losses(hidden, batch)["total"]
-        return {"total": answer + 0.2 * said + 0.3 * labels, "proteins": answer, "found": said, "labels": labels}
+        return {"total": answer + 0.1 * said + 0.3 * labels, "proteins": answer, "found": said, "labels": labels}
 
-    def _asked(self, record: ProteinRecord, place: str, rng: random.Random) -> ProteinRecord:
-        """The record with the one label that is asked for.
+    def _found(self, hidden: Tensor) -> list[ProteinFacts]:
+        """What the encoder finds, from ``hidden [B, T, d]``: what the decoder is to say.
 
-        A location is the one that the encoder finds, which learns from labels and the teacher: all the decoder has to
-        learn is to say it. Taught the labels themselves, which the encoder often has no way of knowing, it learnt to
-        say less than the encoder knew (43 % right on held-out proteins where the encoder had 59).
+        The encoder learns from labels and the teacher; all the decoder has to learn is to say it. Taught the labels
+        themselves, which the encoder often has no way of knowing, it learnt to say less than the encoder knew (of
+        locations, 43 % were right on held-out proteins where the encoder had 59).
         """
-        if record.structure and rng.random() >= _LOCATED_SHARE:
-            return record
-        return replace(record, location=place, membrane=record.membrane if place == record.location else "U")
-
-    def _asked_elsewhere(self, record: ProteinRecord, rng: random.Random) -> ProteinRecord:
-        """A training protein that has the other kind of label."""
-        return rng.choice(self.split.structured if record.location else self.split.located)
+        first = hidden[:, 0]
+        places = self.heads.location(first).argmax(1).tolist()
+        membrane = self.heads.membrane(first).argmax(1).tolist()
+        shares = self.heads.stretch(self.heads.shares(_pooled(hidden)).float()).clamp(0, 1).tolist()
+        return [
+            ProteinFacts(PLACES[place], MEMBRANE_LABELS[label], helix, strand)
+            for place, label, (helix, strand) in zip(places, membrane, shares, strict=True)
+        ]
 
     def _protein_losses(self, hidden: Tensor, batch: ProteinBatch) -> dict[str, Tensor]:
-        """Location and features of whole proteins from ``hidden [B, T, d]`` at ``<cls>``, structure of residues.
+        """What is known of whole proteins, from ``hidden [B, T, d]`` at ``<cls>`` or its mean, and of residues.
 
         ``batch.share`` makes proteins weigh the same: long ones come in small batches.
         """
         first = hidden[:, 0]
-        places = -(batch.places * self.heads.location(first).float().log_softmax(1)).sum(1).mean()
-        learnt = (self.heads.learnt(first).float() - batch.learnt).square().mean()
-        losses = {"places": places, "learnt": learnt, "total": batch.share * (places + 0.3 * learnt)}
+        shares = self.heads.shares(_pooled(hidden)).float()
+        losses = {
+            "places": F.cross_entropy(self.heads.location(first).float(), batch.places),
+            "membrane": F.cross_entropy(self.heads.membrane(first).float(), batch.membrane),
+            "shares": ((shares - batch.shares) / SHARE_SPREAD).square().mean(),
+            "learnt": (self.heads.learnt(first).float() - batch.learnt).square().mean(),
+        }
+        total = batch.share * torch.stack([_PROTEIN_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
         if batch.structured:
             logits = self.heads.residue(hidden).float().flatten(0, 1)
             losses["residues"] = F.cross_entropy(logits, batch.residues.flatten(), ignore_index=IGNORE)
-            losses["shares"] = self.heads.share_loss(first, batch.residues)
-            losses["total"] = losses["total"] + 0.3 * batch.structured * (losses["residues"] + losses["shares"])
-        return losses
+            total = total + _RESIDUE_WEIGHT * batch.structured * losses["residues"]
+            known = batch.residues[:, 1] != IGNORE
+            true = torch.stack([(batch.residues[known] == label).sum(1) for label in (0, 1)], 1)
+            self.heads.stretch.observe(shares.detach()[known], true / (batch.residues.shape[1] - SPECIAL_POSITIONS))
+        return losses | {"total": total}
 
     def _answer_loss(
         self, conversations: list[Conversation], subjects: list[range], soft: Tensor
@@ -259,15 +302,16 @@ class Trainer:
 
     def loss(self, stage: str) -> Callable[[int], dict[str, Tensor]]:
         """The stage's loss function."""
-        return {"gin": self.gin_loss, "esm": self.esm_loss, "joint": self.joint_loss}[stage]
+        losses = {"gin": self.gin_loss, "esm": self.esm_loss, "joint": self.joint_loss, "everyday": self.everyday_loss}
+        return losses[stage]
 
     def optimizers(self, stage: str) -> list[torch.optim.Optimizer]:
         """Muon for matrices of transformers, AdamW for the rest; encoders at a lower rate once they are pre-trained."""
-        rate = self.options.rate
+        rate = self.options.rate * (_EVERYDAY_RATE if stage == "everyday" else 1)
         esm = self.model.prot_structure_encoder
         gin = [*self.model.mol_structure_encoder.parameters(), *self.heads.atom.parameters()]
-        of_proteins = (self.heads.residue, self.heads.shares, self.heads.location, self.heads.learnt)
-        heads = [p for head in of_proteins for p in head.parameters()]
+        of_proteins = ("residue", "shares", "location", "membrane", "learnt")
+        heads = [p for name in of_proteins for p in getattr(self.heads, name).parameters()]
         if stage == "gin":
             return [_adamw(gin, 2e-3)]
         if stage == "esm":
@@ -280,10 +324,10 @@ class Trainer:
 
     def set_mode(self, stage: str, share: float = 0.0) -> None:
         """Training mode, ``share`` of the stage done: GIN's batch statistics move in stage 1 only, and the weights are
-        rounded at the end of the last stage.
+        rounded from the last part of the joint stage on.
         """
         self.model.train()
-        rounded = stage == STAGES[-1] and share >= 1 - _ROUNDED_SHARE
+        rounded = stage == "everyday" or (stage == "joint" and share >= 1 - _ROUNDED_SHARE)
         self.model.round_weights(RoundToNearest() if rounded else None)
         if stage != "gin":
             self.model.mol_structure_encoder.batch_norms.eval()
@@ -302,6 +346,22 @@ class Trainer:
                 self.model.mol_structure_encoder(batch.graph)
         for norm in norms:
             norm.momentum = 0.1
+
+
+def _pooled(hidden: Tensor) -> Tensor:
+    """Mean ``[B, d]`` over the residues of ``hidden [B, T, d]``, which all have the same length."""
+    return hidden[:, 1:-1].mean(1)
+
+
+def _classes(known: ProteinFacts) -> list[int]:
+    """One class per entry of ``_FOUND_CLASSES``."""
+    return [
+        PLACES.index(known.location),
+        MEMBRANE_LABELS.index(known.membrane),
+        STRUCTURES.index(structure_class(known.helix, known.strand)),
+        tenths(known.helix),
+        tenths(known.strand),
+    ]
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -1,17 +1,18 @@
-"""A classical predictor of a protein's location, for the demo's small encoder to learn from.
+"""A classical predictor of a protein's location and structure, for the demo's small encoder to learn from.
 
-Four thousand labelled proteins are too few for a transformer to find out what sorts proteins in a cell. Kernel ridge
-regression on hand-made features of the sequence (composition of the whole and of both ends, pairs of residues,
-hydrophobic and charged windows: what signal peptides, transit peptides, membrane helices and nuclear signals look like)
-does it with fewer. Its calibrated probabilities, of altered sequences and of proteins without a label too, are what
-the encoder is trained on beside the labels. Of a labelled protein they come from a regression that has not seen its
-group of similar sequences, of a chimera from one that has not seen the group of its beginning. It is not part of the
-bundle.
+Some thousand labelled proteins are too few for a transformer to find out what sorts proteins in a cell, or what folds
+them into helices and strands. Kernel ridge regression on hand-made features of the sequence (composition of the whole
+and of both ends, pairs of residues, hydrophobic and charged windows: what signal peptides, transit peptides, membrane
+helices and nuclear signals look like) does it with fewer. What it says of altered sequences, and of proteins without a
+label too, is what the encoder is trained on beside the labels. Of a labelled protein it comes from a regression that
+has not seen its group of similar sequences, of a chimera from one that has not seen the group of its beginning. It is
+not part of the bundle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,16 @@ from torch import Tensor
 
 from biomedgpt_edge.protein_tokens import MAX_RESIDUES, STANDARD_RESIDUES
 
+from .answers import LOCATIONS, MEMBRANE
+from .data import order
+from .proteins import GROUPS, ProteinRecord
+
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
+PLACES = tuple(LOCATIONS)
+MEMBRANE_LABELS = "".join(MEMBRANE)
 AMINO_ACIDS = "".join(sorted(STANDARD_RESIDUES))
 _UNKNOWN = len(AMINO_ACIDS)
 _INDEX = np.full(256, _UNKNOWN, np.int64)
@@ -38,12 +45,12 @@ _CLASSES = ("AGV", "ILMC", "FWY", "STNQ", "DE", "KR", "H", "P")
 _CLASS_OF = np.array([next((i for i, c in enumerate(_CLASSES) if a in c), 0) for a in AMINO_ACIDS] + [0])
 _GAPS = (2, 3, 4)
 
-GROUPS = 8
 _CLIP, _KERNEL_WIDTH, _RIDGE, _PAIR_WEIGHT, _TAIL_WEIGHT = 5.0, 0.6, 0.2, 0.6, 0.7
 # Keeps the kernel between sequences and known ones small.
 _ROWS_AT_ONCE = 512
 # Squared-weight pull of the calibration towards its start, that of sharpening alone.
 _SHARPEN, _PULL = 6.0, 1e-3
+_MOST_STRUCTURED, _MOST_STRETCHED, _LEAST_SPREAD = 4500, 1.5, 1e-6
 
 
 class Block(NamedTuple):
@@ -137,59 +144,119 @@ _LEARNT = np.flatnonzero(np.concatenate([np.full(len(b.values), b.learnt) for b 
 LEARNT_FEATURES = len(_LEARNT)
 
 
-class LocationTeacher:
-    """Kernel ridge regression, calibrated on what it says of groups that it has not seen.
+class Ridge:
+    """Kernel ridge regression that can leave out the groups that a sequence belongs to.
 
     Args:
-        sequences: labelled proteins.
-        labels: class of each.
+        found: features of known proteins, ``[N, features]``.
+        wanted: what to predict, ``[N, k]``.
         groups: a number below ``GROUPS`` for each; similar sequences share one.
-        classes: number of classes.
+
+    Attributes:
+        unseen: what is said of each known protein by the regression without its group, ``[N, k]``.
     """
 
-    def __init__(self, sequences: Sequence[str], labels: Sequence[int], groups: Sequence[int], classes: int) -> None:
-        found = features(sequences)
+    def __init__(self, found: F32, wanted: Tensor, groups: Sequence[int]) -> None:
         self._mean, self._deviation = found.mean(0), found.std(0) + 1e-6
         self._known = self._prepared(found)
         kernel = self._kernel(self._known).double()
-        wanted = F.one_hot(torch.tensor(labels), classes).double()
         self._prior = wanted.mean(0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + _RIDGE * torch.eye(len(kernel)).double()))
         whole = inverse @ (wanted - self._prior)
-        unseen = torch.zeros_like(wanted)
+        self.unseen = torch.zeros_like(wanted)
         self._coefficients: list[Tensor] = []
         for group in range(GROUPS):
             rows = torch.tensor([i for i, g in enumerate(groups) if g == group], dtype=torch.long)
             without = _without(inverse, whole, rows)
-            unseen[rows] = kernel[rows] @ without + self._prior
+            self.unseen[rows] = kernel[rows] @ without + self._prior
             self._coefficients.append(without)
         self._coefficients.append(whole)
-        self._calibration = _calibrated(unseen, torch.tensor(labels))
 
-    def probabilities(self, sequences: Sequence[str], groups: Sequence[int]) -> tuple[F32, F32]:
-        """Locations ``[sequences, classes]``, and the features the encoder is to predict, standardised.
+    def predict(self, found: F32, groups: Sequence[int]) -> Tensor:
+        """Predictions ``[sequences, k]``.
 
         ``groups`` says which group's regression is asked, that is, which one must not have seen the sequence;
         ``GROUPS`` asks the one that has seen all.
         """
-        found = features(sequences)
         prepared = self._prepared(found)
-        scores = torch.empty(len(sequences), len(self._prior), dtype=torch.float64)
+        said = torch.empty(len(found), len(self._prior), dtype=torch.float64)
         for group in set(groups):
             for rows in torch.tensor([i for i, g in enumerate(groups) if g == group]).split(_ROWS_AT_ONCE):
-                scores[rows] = self._kernel(prepared[rows]).double() @ self._coefficients[group] + self._prior
-        learnt = ((found - self._mean) / self._deviation)[:, _LEARNT].clip(-_CLIP, _CLIP)
-        places: F32 = (_with_one(scores) @ self._calibration.T).softmax(1).float().numpy()
-        return places, learnt
+                said[rows] = self._kernel(prepared[rows]).double() @ self._coefficients[group] + self._prior
+        return said
+
+    def standardised(self, found: F32) -> F32:
+        """Features in standard deviations from the mean of the known proteins, clipped."""
+        standard: F32 = ((found - self._mean) / self._deviation).clip(-_CLIP, _CLIP)
+        return standard
 
     def _prepared(self, found: F32) -> Tensor:
-        standard = ((found - self._mean) / self._deviation).clip(-_CLIP, _CLIP)
-        return torch.from_numpy(standard * _WEIGHTS)
+        return torch.from_numpy(self.standardised(found) * _WEIGHTS)
 
     def _kernel(self, prepared: Tensor) -> Tensor:
         scale = _KERNEL_WIDTH / float((_WEIGHTS**2).sum())
         kernel: Tensor = torch.exp(-scale * torch.cdist(prepared, self._known).square())
         return kernel
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the teacher says of some proteins.
+
+    Attributes:
+        places: probabilities of the locations, ``[N, len(PLACES)]``.
+        membrane: probabilities of membrane and soluble proteins, ``[N, 2]``.
+        shares: of helix and strand, ``[N, 2]``.
+        learnt: features that the encoder is to predict, standardised, ``[N, LEARNT_FEATURES]``.
+    """
+
+    places: F32
+    membrane: F32
+    shares: F32
+    learnt: F32
+
+
+class ProteinTeacher:
+    """Two regressions, calibrated on what they say of groups that they have not seen.
+
+    Args:
+        located: proteins with a location.
+        structured: proteins with a structure; ``_MOST_STRUCTURED`` of them are used.
+    """
+
+    def __init__(self, located: Sequence[ProteinRecord], structured: Sequence[ProteinRecord]) -> None:
+        places = torch.tensor([PLACES.index(record.location) for record in located])
+        known = torch.tensor([record.membrane in MEMBRANE_LABELS for record in located])
+        membrane = torch.tensor([MEMBRANE_LABELS.find(record.membrane) for record in located])[known]
+        wanted = torch.zeros(len(located), 2, dtype=torch.float64)
+        wanted[known] = F.one_hot(membrane, 2).double()
+        wanted[~known] = wanted[known].mean(0)  # which pulls nowhere
+        wanted = torch.cat([F.one_hot(places, len(PLACES)).double(), wanted], 1)
+        self._located = Ridge(features([r.sequence for r in located]), wanted, [r.group for r in located])
+        unseen = self._located.unseen
+        self._places = _calibrated(unseen[:, : len(PLACES)], places)
+        self._membrane = _calibrated(unseen[known, len(PLACES) :], membrane)
+
+        # The kernel grows with the square of their number.
+        structured = sorted(structured, key=lambda record: order(record.sequence))[:_MOST_STRUCTURED]
+        shares = torch.tensor([record.shares for record in structured], dtype=torch.float64)
+        self._structured = Ridge(features([r.sequence for r in structured]), shares, [r.group for r in structured])
+        # Regressions say too little of the extremes, and a class is decided by how far a share is from the mean.
+        self._mean = shares.mean(0)
+        said = self._structured.unseen.std(0, correction=0).clamp(min=_LEAST_SPREAD)
+        self._stretch = (shares.std(0, correction=0) / said).clamp(1.0, _MOST_STRETCHED)
+
+    def teach(self, sequences: Sequence[str], groups: Sequence[int]) -> Taught:
+        """What is said of each sequence by the regressions that have not seen its group; see ``Ridge.predict``."""
+        found = features(sequences)
+        located = self._located.predict(found, groups)
+        shares = self._mean + self._stretch * (self._structured.predict(found, groups) - self._mean)
+        return Taught(
+            places=_probabilities(located[:, : len(PLACES)], self._places),
+            membrane=_probabilities(located[:, len(PLACES) :], self._membrane),
+            shares=shares.clamp(0, 1).float().numpy(),
+            learnt=self._located.standardised(found)[:, _LEARNT],
+        )
 
 
 def _without(inverse: Tensor, whole: Tensor, rows: Tensor) -> Tensor:
@@ -203,6 +270,11 @@ def _without(inverse: Tensor, whole: Tensor, rows: Tensor) -> Tensor:
 
 def _with_one(scores: Tensor) -> Tensor:
     return torch.cat([scores, torch.ones(len(scores), 1, dtype=scores.dtype)], 1)
+
+
+def _probabilities(scores: Tensor, calibration: Tensor) -> F32:
+    found: F32 = (_with_one(scores) @ calibration.T).softmax(1).float().numpy()
+    return found
 
 
 def _calibrated(scores: Tensor, labels: Tensor) -> Tensor:
