@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,26 +14,32 @@ from .errors import CalibrationError
 from .quantize.gptq import GptqOptions
 from .quantize.journal import Journal
 from .quantize.layerwise import Layerwise
-from .streamed_model import DECODER_PART, StreamedModel, Text
+from .streamed_model import DECODER_PART, PROTEIN_PART, StreamedModel, Text
 
 Report = Callable[[str], None]
 
 
 def quantize_model(
-    model: StreamedModel, examples: Sequence[Example], journal: Journal, options: GptqOptions, report: Report
+    model: StreamedModel,
+    examples: Sequence[Example],
+    parts: Collection[str],
+    journal: Journal,
+    options: GptqOptions,
+    report: Report,
 ) -> None:
-    """Fills the journal with the matrices of the protein encoder, the decoder's layers and its head.
+    """Fills the journal with the matrices of the protein encoder and of the decoder, its head among them.
 
     Calibration has soft tokens in it: they differ from word embeddings in scale, and text alone would not do for them.
 
     Args:
         model: computes with the checkpoint's matrices, which are quantized on the way.
+        parts: which of the two; the other computes with the checkpoint's matrices.
 
     Raises:
         CalibrationError: no example has a protein, or one is longer than the decoder's context.
         QuantizationError: a matrix cannot be quantized.
     """
-    if not any(isinstance(item, Protein) for example in examples for item in example.inputs):
+    if PROTEIN_PART in parts and not any(isinstance(item, Protein) for example in examples for item in example.inputs):
         raise CalibrationError(
             "none of the calibration questions has a protein, and the protein encoder cannot be calibrated without.",
             remedy="Add lines with 'sequence'.",
@@ -41,8 +47,9 @@ def quantize_model(
     texts = [Text(example, example.answer_ids(model.tokenizer)) for example in examples]
     _check_lengths(model, texts)
     layerwise = Layerwise(journal, options, report)
-    model = replace(model, walk=layerwise.layers)
-    rows = model.embedded(texts)
+    rows = replace(model, walk=layerwise.layers if PROTEIN_PART in parts else model.walk).embedded(texts)
+    if DECODER_PART not in parts:
+        return
     lengths = [len(one) for one in rows]
     report(f"calibrating the decoder on {len(lengths)} prompts, {sum(lengths)} positions")
     llama, weights = model.decoder()
