@@ -14,11 +14,11 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .calibration import PROOF, read_examples, readable
-from .exporter import PROOFS, QUANTIZERS, ExportOptions, export_bundle, read_about
+from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, export_bundle, plan_bundle, read_about
 from .families import LAYOUTS
 from .families.base import MODALITIES
 from .families.biomedgpt_10b import FAMILY
-from .graphs.linear import PRECISIONS
+from .graphs.linear import GRAPH_PRECISIONS, PRECISIONS
 from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
 
@@ -78,6 +78,12 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
     parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="of the linear layers (default: int4)")
     parser.add_argument(
+        "--protein-encoder", choices=GRAPH_PRECISIONS, help="of those of the protein encoder (default: the same)"
+    )
+    parser.add_argument(
+        "--embeddings", choices=TABLE_PRECISIONS, default="fp16", help="of the token embeddings (default: fp16)"
+    )
+    parser.add_argument(
         "--quantizer", choices=QUANTIZERS, help="how int4 values are chosen that the checkpoint lacks (default: gptq)"
     )
     parser.add_argument(
@@ -100,6 +106,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="processor threads for GPTQ and the parity runs (default: 1)"
     )
+    parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, and stop")
     parser.set_defaults(run=_run_bundle)
 
 
@@ -122,22 +129,25 @@ def _run_bundle(options: argparse.Namespace) -> None:
         without=options.without,
     )
     about, policy = read_about(options.about) if options.about else ({}, None)
-    export_bundle(
-        ExportOptions(
-            layout=layout,
-            out=options.out,
-            precision=options.precision,
-            quantizer=options.quantizer,
-            calibration=options.calibration,
-            proof=options.proof,
-            max_kl=options.max_kl,
-            name=options.name,
-            about=about,
-            policy=policy,
-            threads=options.threads,
-        ),
-        _report,
+    chosen = ExportOptions(
+        layout=layout,
+        out=options.out,
+        precision=options.precision,
+        protein_encoder=options.protein_encoder,
+        embeddings=options.embeddings,
+        quantizer=options.quantizer,
+        calibration=options.calibration,
+        proof=options.proof,
+        max_kl=options.max_kl,
+        name=options.name,
+        about=about,
+        policy=policy,
+        threads=options.threads,
     )
+    if options.dry_run:
+        print("\n".join(plan_bundle(chosen).lines()))
+    else:
+        export_bundle(chosen, _report)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

@@ -37,14 +37,17 @@ from .calibration import CALIBRATION, PROOF, read_examples, readable
 from .errors import CheckpointError, ExportError, ProofError
 from .families.base import LLM, MOLECULE, PROTEIN, Layout, Source
 from .graphs.builder import GraphBuilder
+from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
-from .graphs.linear import Linears, Precision
-from .graphs.matrices import llama_matrices
+from .graphs.linear import GraphPrecision, Linears, Precision
+from .graphs.matrices import esm_matrices, llama_matrices
+from .plan import Part, Plan, plan
 from .quantize.gptq import GptqOptions
 from .quantize.imported import ImportedWeights
 from .quantize.int4 import ZERO_POINT, WeightQuantizer
+from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
 from .quantize.layerwise import JournalQuantizer
 from .quantize.rtn import RoundToNearest
@@ -58,6 +61,8 @@ MAX_THREADS = 1024
 
 Quantizer = Literal["gptq", "rtn"]
 QUANTIZERS: tuple[Quantizer, ...] = ("gptq", "rtn")
+TablePrecision = Literal["fp16", "int8"]
+TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("fp16", "int8")
 Proof = Literal["quick", "full", "none"]
 PROOFS: tuple[Proof, ...] = ("quick", "full", "none")
 
@@ -77,6 +82,8 @@ class ExportOptions:
         calibration: questions with answers for GPTQ; left out, a set of its own.
         proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
         max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
+        protein_encoder: precision of the protein encoder's linear layers, where it is another one.
+        embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
         name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
         policy: the model's terms; left out, the family's.
@@ -90,10 +97,21 @@ class ExportOptions:
     calibration: Path | None = None
     proof: Proof = "quick"
     max_kl: float | None = None
+    protein_encoder: GraphPrecision | None = None
+    embeddings: TablePrecision = "fp16"
     name: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
     threads: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bundle holds what the checkpoint holds, in float32."""
+        return self.precision == self.protein_precision == "fp32"
+
+    @property
+    def protein_precision(self) -> GraphPrecision:
+        return self.protein_encoder or self.precision
 
 
 def export_bundle(options: ExportOptions, report: Report) -> Manifest:
@@ -104,11 +122,17 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
     """
     if not 1 <= options.threads <= MAX_THREADS:
         raise ExportError(f"threads is {options.threads}.", seen=options.threads, limit=f"1 to {MAX_THREADS}")
-    if options.max_kl is not None and (options.proof == "none" or options.precision == "fp32"):
+    if options.max_kl is not None and (options.proof == "none" or options.exact):
         raise ExportError(
             "a largest KL divergence was given, and nothing is to be compared.",
             seen=options.max_kl,
             remedy="Leave it out, or compare: proof quick or full, precision int4 or fp16.",
+        )
+    if options.precision == "fp32" and options.embeddings != "fp16":
+        raise ExportError(
+            f"embeddings in {options.embeddings} were asked for, and precision fp32.",
+            seen=options.embeddings,
+            remedy="Leave one of them out: fp32 bundles hold embeddings in fp32.",
         )
     # The source modules of the parity runs use torch's own pool.
     torch.set_num_threads(options.threads)
@@ -126,8 +150,13 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
 
 def _export(options: ExportOptions, report: Report) -> Manifest:
     with BundleWriter(options.out) as writer, options.layout.open() as source:
-        export = _Export(options, source, writer.staging, report)
-        export.check_options()
+        choices = _Choices(options, source)
+        choices.check()
+        planned = choices.plan()
+        for line in planned.lines():
+            report(line)
+        planned.require_space(options.out.absolute().parent)
+        export = _Export(options, source, choices, writer.staging, report)
         journal = export.quantized()
         export.write_tensors()
         linears = export.write_graphs(journal)
@@ -135,7 +164,7 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         _require_readable(manifest)
         staged = Bundle(writer.staging, manifest, digest="")
         staged.check()
-        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in export.gptq_parts}
+        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in choices.gptq_parts}
         measured = parity.measure(staged, source.configs, export.weights, options.threads, report, chosen)
         measured |= export.proved(staged)
         manifest = export.manifest(linears, manifest.files, measured)
@@ -146,25 +175,45 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
     return manifest
 
 
+def plan_bundle(options: ExportOptions) -> Plan:
+    """What :func:`export_bundle` would write, after the checks that it begins with.
+
+    Raises:
+        ExportError: the checkpoint cannot be used, or there is too little space.
+    """
+    with options.layout.open() as source:
+        choices = _Choices(options, source)
+        choices.check()
+        planned = choices.plan()
+    planned.require_space(options.out.absolute().parent)
+    return planned
+
+
 def _work_folder(options: ExportOptions) -> Path:
     """Where GPTQ keeps what it has done, under a name that the same command finds again."""
     return options.out.parent / f".{options.out.name}.gptq"
 
 
-@dataclass
-class _Export:
+@dataclass(frozen=True)
+class _Choices:
+    """What the options come to for one checkpoint."""
+
     options: ExportOptions
     source: Source
-    staging: Path
-    report: Report
 
-    def check_options(self) -> None:
+    def check(self) -> None:
         """What the checkpoint leaves no room for is refused, not ignored.
 
         Raises:
             ExportError: an option asks for it.
         """
         options, imported = self.options, self.source.quantized is not None
+        if options.protein_encoder is not None and self.source.configs.esm is None:
+            raise ExportError(
+                f"a protein encoder in {options.protein_encoder} was asked for, and the bundle is to be without one.",
+                seen=options.protein_encoder,
+                remedy="Leave out --protein-encoder.",
+            )
         if imported and options.precision != "int4":
             raise ExportError(
                 f"precision {options.precision} was asked for, and the language model is quantized to int4.",
@@ -185,29 +234,44 @@ class _Export:
                 remedy="Leave them out, or quantize a checkpoint that is not quantized with precision int4 and gptq.",
             )
 
-    @cached_property
+    @property
     def _quantized_here(self) -> tuple[str, ...]:
         """Parts of the model whose int4 values the checkpoint does not bring along."""
-        configs, quantized = self.source.configs, self.source.quantized
-        there = {DECODER_PART: quantized is None, PROTEIN_PART: configs.esm is not None}
-        return tuple(part for part, wanted in there.items() if wanted and self.options.precision == "int4")
+        wanted = dict[str, GraphPrecision]()
+        if self.source.quantized is None:
+            wanted[DECODER_PART] = self.options.precision
+        if self.source.configs.esm is not None:
+            wanted[PROTEIN_PART] = self.options.protein_precision
+        return tuple(part for part, precision in wanted.items() if precision == "int4")
 
     @property
     def gptq_parts(self) -> tuple[str, ...]:
         """Those of them whose values GPTQ chooses."""
         return () if self.options.quantizer == "rtn" else self._quantized_here
 
-    @cached_property
-    def _imported(self) -> ImportedWeights | None:
-        """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
+    def plan(self) -> Plan:
+        """Sizes of what the options make of the checkpoint; the groups of one that is quantized count as ours do."""
+        options, configs = self.options, self.source.configs
+        llama, esm, gin = configs.llama, configs.esm, configs.gin
+        parts = [Part(DECODER_PART, llama_matrices(llama).values(), LLM, options.precision)]
+        if esm is not None:
+            parts.append(Part(PROTEIN_PART, esm_matrices(esm).values(), PROTEIN, options.protein_precision))
+        value = 4 if options.precision == "fp32" else 2
+        widths = (0 if gin is None else gin.width) + (0 if esm is None else esm.hidden_size)
+        tensors = {
+            "embeddings": configs.rows * llama.hidden_size * (1 if options.embeddings == "int8" else value),
+            "projections": widths * llama.hidden_size * value,
+        }
+        return plan(parts, tensors, self.source.checkpoint, self.gptq_parts)
 
-        Its head, mostly, which takes part in every token: the precision that was asked for holds for that, too.
-        """
-        quantized = self.source.quantized
-        if quantized is None:
-            return None
-        matrices = llama_matrices(self.source.configs.llama)
-        return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
+
+@dataclass
+class _Export:
+    options: ExportOptions
+    source: Source
+    choices: _Choices
+    staging: Path
+    report: Report
 
     def weights(self, key: str) -> torch.Tensor:
         """One tensor of the checkpoint.
@@ -226,7 +290,7 @@ class _Export:
     def write_tensors(self) -> None:
         """Embeddings, projections, tokenizer and policy."""
         self.report("writing embeddings and projections")
-        _save_tensors(self.staging / FILES.embeddings, {"weight": self._stored(f"{LLM}model.embed_tokens.weight")})
+        _save_tensors(self.staging / FILES.embeddings, self._embeddings())
         _save_tensors(self.staging / FILES.projections, self._projections())
         (self.staging / FILES.tokenizer).write_bytes(self.options.layout.tokenizer.read_bytes())
         policy = self._policy
@@ -242,7 +306,7 @@ class _Export:
             JournalError: the earlier run was another one.
         """
         options = self.options
-        if not self.gptq_parts:
+        if not self.choices.gptq_parts:
             return None
         path, inputs = options.calibration or CALIBRATION, self.source.configs.inputs
         examples = readable(read_examples(path), inputs, "calibration", self.report)
@@ -251,13 +315,13 @@ class _Export:
             "calibration": sha256_of(path),
             "gptq": asdict(gptq),
             "inputs": [kind.__name__ for kind in inputs],
-            "parts": list(self.gptq_parts),
+            "parts": list(self.choices.gptq_parts),
             "sources": {entry.path: entry.sha256 for entry in self._sources},
             "threads": options.threads,
             "torch": torch.__version__,
         }
         journal = Journal(_work_folder(options), plan)
-        quantize_model(self._streamed(), examples, self.gptq_parts, journal, gptq, self.report)
+        quantize_model(self._streamed(), examples, self.choices.gptq_parts, journal, gptq, self.report)
         return journal
 
     def proved(self, bundle: Bundle) -> dict[str, Any]:
@@ -267,7 +331,7 @@ class _Export:
             ProofError: it costs more than it may.
         """
         options = self.options
-        if options.precision == "fp32" or options.proof == "none":
+        if options.exact or options.proof == "none":
             return {}
         examples = readable(read_examples(PROOF), self.source.configs.inputs, "comparison", self.report)
         imported = self.source.quantized is not None
@@ -309,33 +373,37 @@ class _Export:
             with self._graph(MOLECULE_ENCODER) as graph:
                 build_gin(graph, gin, self._under(MOLECULE), linears)
         if esm is not None:
-            # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten.
+            # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten:
+            # they are used where they were asked for.
             quantizer = self._quantizer(PROTEIN_PART, journal)
-            linears = written[PROTEIN_ENCODER] = Linears(precision, quantizer, activations="fp32")
+            linears = written[PROTEIN_ENCODER] = Linears(self.options.protein_precision, quantizer, activations="fp32")
             self.report("protein encoder")
             with self._graph(PROTEIN_ENCODER) as graph:
                 build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
-        linears = written[DECODER] = Linears(precision, self._quantizer(DECODER_PART, journal), activations="int8")
+        imported = self._imported()
+        quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
+        linears = written[DECODER] = Linears(precision, quantizer, activations="int8")
         with self._graph(DECODER) as graph:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
-        self._require_all_imported()
+        if imported is not None:
+            _require_all_used(imported)
         return written
 
-    def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer | None:
-        if self.options.precision != "int4":
-            return None
-        if part == DECODER_PART and self._imported is not None:
-            return self._imported
-        return RoundToNearest() if journal is None else JournalQuantizer(journal, part)
+    def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
+        if journal is None or part not in self.choices.gptq_parts:
+            return RoundToNearest()
+        return JournalQuantizer(journal, part)
 
-    def _require_all_imported(self) -> None:
-        unused = [] if self._imported is None else sorted(self._imported.unused)
-        if unused:
-            raise CheckpointError(
-                f"the checkpoint has quantized {', '.join(unused)}, which a bundle does not hold in groups.",
-                seen=unused,
-                remedy="Nothing was written. Quantize the linear layers alone, or export the original weights.",
-            )
+    def _imported(self) -> ImportedWeights | None:
+        """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
+
+        That is its head, mostly, which is read for every token: the precision that was asked for holds for it, too.
+        """
+        quantized = self.source.quantized
+        if quantized is None:
+            return None
+        matrices = llama_matrices(self.source.configs.llama)
+        return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
 
     def manifest(
         self, linears: dict[str, Linears], files: tuple[FileEntry, ...], measured: dict[str, Any] | None = None
@@ -362,11 +430,7 @@ class _Export:
                 attention_bias=llama.attention_bias,
             ),
             molecule_encoder=None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
-            protein_encoder=None
-            if esm is None
-            else ProteinEncoderSpec(
-                PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
-            ),
+            protein_encoder=None if esm is None else _protein_spec(esm),
             tensors=FILES,
             prompt=family.template,
             policy=self._policy,
@@ -389,6 +453,13 @@ class _Export:
     @property
     def _policy(self) -> Policy:
         return self.options.policy or self.options.layout.family.policy
+
+    def _embeddings(self) -> dict[str, torch.Tensor]:
+        key = f"{LLM}model.embed_tokens.weight"
+        if self.options.embeddings == "fp16":
+            return {"weight": self._stored(key)}
+        quantized = nearest_int8(self.weights(key), QMAX)
+        return {"weight": quantized.values, "scale": quantized.scales}
 
     def _projections(self) -> dict[str, torch.Tensor]:
         """From the widths of the encoders that there are to the decoder's."""
@@ -481,9 +552,27 @@ def _require_readable(manifest: Manifest) -> None:
         )
 
 
+def _require_all_used(imported: ImportedWeights) -> None:
+    unused = sorted(imported.unused)
+    if unused:
+        raise CheckpointError(
+            f"the checkpoint has quantized {', '.join(unused)}, which a bundle does not hold in groups.",
+            seen=unused,
+            remedy="Nothing was written. Quantize the linear layers alone, or export the original weights.",
+        )
+
+
+def _protein_spec(esm: EsmConfig) -> ProteinEncoderSpec:
+    return ProteinEncoderSpec(
+        PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
+    )
+
+
 def _recipe(linears: Linears) -> dict[str, Any]:
     recipe: dict[str, Any] = {"precision": linears.precision}
-    if linears.quantizer is not None:
+    if linears.precision == "int8":
+        recipe |= {"symmetric": True, "largest": QMAX_PRODUCT, "scales": "fp32, one per output", "activations": "int8"}
+    if linears.precision == "int4" and linears.quantizer is not None:
         recipe |= {
             "quantizer": linears.quantizer.name,
             "symmetric": not linears.asymmetric,

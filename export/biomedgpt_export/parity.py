@@ -29,7 +29,7 @@ from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
 from .families.base import LLM, MOLECULE, PROTEIN, Configs
-from .graphs.linear import ACCURACY_LEVELS, Precision
+from .graphs.linear import ACCURACY_LEVELS
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 from .stored_model import ROUNDING_TOLERANCE, Chosen, StoredModel, folded
 
@@ -95,11 +95,11 @@ def measure(
     Raises:
         ParityError: fidelity beyond the tolerance, or a value that is not finite.
     """
-    precision: Precision = bundle.manifest.precision  # type: ignore[assignment]
+    rounded = any(recipe["precision"] != "fp32" for recipe in bundle.manifest.quantization.values())
     if configs.llama.tied_head:
         weights = _with_head(weights)
     rounding: dict[str, float] = {}
-    if precision != "fp32":
+    if rounded:
         report("rounding of the stored weights")
         matrices = StoredModel(bundle)
         rounding = matrices.rounding(configs, folded(weights), chosen)
@@ -112,7 +112,7 @@ def measure(
         "fidelity": fidelity,
         "tolerance": {"fidelity": TOLERANCE},
     }
-    if precision != "fp32":
+    if rounded:
         result["rounding"] = rounding
         result["tolerance"]["rounding"] = ROUNDING_TOLERANCE
     return result
@@ -203,7 +203,7 @@ def _with_head(weights: Weights) -> Weights:
 
 
 class _ExactArithmetic:
-    """A view of the bundle whose int4 layers compute in float32 instead of quantizing activations to int8.
+    """A view of the bundle whose int4 and int8 layers compute in float32 instead of quantizing activations to int8.
 
     It lives in copies of the graph files beside the originals, since that is where their weights are found.
     """
@@ -231,11 +231,28 @@ class _ExactArithmetic:
 
     def _copy(self, graph: Path) -> Path:
         model = onnx.load(str(graph), load_external_data=False)
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = ACCURACY_LEVELS["fp32"]
+        nodes = [exact for node in model.graph.node for exact in _exact(node)]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
         copy = graph.with_name(f"{graph.stem}.exact.onnx")
         copy.write_bytes(model.SerializeToString())
         self._copies.append(copy)
         return copy
+
+
+def _exact(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Nodes that compute in float32 what a linear layer computes with quantized activations."""
+    if node.op_type == "DynamicQuantizeMatMul":
+        source, values, scales = node.input
+        one, plain, weight = (f"{node.name}.exact_{part}" for part in ("one", "values", "weight"))
+        # Not DequantizeLinear with the scales right before MatMul: ONNX Runtime fuses them, and quantizes activations.
+        return [
+            onnx.helper.make_node("Constant", [], [one], value_float=1.0),
+            onnx.helper.make_node("DequantizeLinear", [values, one], [plain]),
+            onnx.helper.make_node("Mul", [plain, scales], [weight]),
+            onnx.helper.make_node("MatMul", [source, weight], list(node.output)),
+        ]
+    for attribute in node.attribute:
+        if attribute.name == "accuracy_level":
+            attribute.i = ACCURACY_LEVELS["fp32"]
+    return [node]

@@ -30,6 +30,7 @@ ROUNDING_TOLERANCE = 0.75
 # The smallest fp16 scale: a group whose values are too small for it holds zeros.
 _SMALLEST_STEP = 2.0**-24
 
+_TABLE = f"{LLM}model.embed_tokens.weight"
 _FINAL_NORM = f"{PROTEIN}encoder.emb_layer_norm_after"
 _ESM_PARTS = {
     **{f"attention.self.{part}": part for part in ("query", "key", "value")},
@@ -97,7 +98,9 @@ class StoredModel:
         self._decoder = StoredWeights(bundle.file(manifest.decoder.graph))
         encoders = (manifest.protein_encoder, manifest.molecule_encoder)
         self._protein, self._molecule = (StoredWeights(bundle.file(spec.graph)) if spec else None for spec in encoders)
-        self._arrays: dict[str, npt.NDArray[Any]] = {f"{LLM}model.embed_tokens.weight": bundle.embeddings.rows}
+        table = bundle.embeddings
+        self._table_scales = None if table.scales is None else torch.from_numpy(table.scales.copy()).unsqueeze(-1)
+        self._arrays: dict[str, npt.NDArray[Any]] = {_TABLE: table.rows}
         projections = {"proj_mol": bundle.molecule_projection, "proj_prot": bundle.protein_projection}
         self._arrays |= {f"{name}.weight": p.weight for name, p in projections.items() if p is not None}
 
@@ -106,7 +109,8 @@ class StoredModel:
 
         def stored(key: str) -> torch.Tensor:
             if key in self._arrays:
-                return torch.from_numpy(self._arrays[key].astype(np.float32))
+                values = torch.from_numpy(self._arrays[key].astype(np.float32))
+                return values if key != _TABLE or self._table_scales is None else values * self._table_scales
             place = self._place(key)
             return weights(key) if place is None else place[0].linear(place[1])[place[2]]
 
@@ -161,6 +165,8 @@ class StoredModel:
                 yield next(part for prefix, part in parts.items() if key.startswith(prefix)), key
 
     def _step(self, key: str) -> torch.Tensor:
+        if key == _TABLE and self._table_scales is not None:
+            return self._table_scales
         if key in self._arrays:
             return torch.from_numpy(np.spacing(np.abs(self._arrays[key])).astype(np.float32))
         place = self._place(key)

@@ -38,8 +38,9 @@ OPERATORS = frozenset(
     {
         *(("", name) for name in ("Add", "Cast", "Gather", "Identity", "LayerNormalization", "MatMul", "Mul", "Relu")),
         *(("", name) for name in ("SimplifiedLayerNormalization", "Squeeze")),
-        *(("com.microsoft", name) for name in ("Gelu", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention")),
-        *(("com.microsoft", name) for name in ("QuickGelu", "RotaryEmbedding", "SkipSimplifiedLayerNormalization")),
+        *(("com.microsoft", name) for name in ("DynamicQuantizeMatMul", "Gelu", "GroupQueryAttention", "MatMulNBits")),
+        *(("com.microsoft", name) for name in ("MultiHeadAttention", "QuickGelu", "RotaryEmbedding")),
+        ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     }
 )
 _NODE_OPERATOR, _NODE_DOMAIN = 4, 7

@@ -15,8 +15,8 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import MissingModalityError
 from biomedgpt_edge.tensor_file import map_tensors
 from biomedgpt_export.cli import main
-from biomedgpt_export.errors import CalibrationError, CheckpointError, JournalError, KeyMismatchError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.errors import CalibrationError, CheckpointError, ExportError, JournalError, KeyMismatchError
+from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
 from biomedgpt_export.families.base import Modality
 from biomedgpt_export.families.biomedgpt_10b import WEIGHTS, Layout
 from biomedgpt_export.quantize import journal as journal_module
@@ -152,6 +152,21 @@ def test_questions_none_of_which_the_model_can_be_asked_are_refused(tiny_checkpo
 def test_a_protein_encoder_that_is_given_and_left_out_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="is to be without one"):
         Layout.locate(tiny_checkpoint, protein=tiny_checkpoint / "protein_ckpts/esm2-3b", without=["protein"])
+
+
+def test_a_precision_for_an_encoder_that_is_left_out_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="a protein encoder in int8 was asked for"):
+        export(Layout.locate(tiny_checkpoint, without=["protein"]), tmp_path / "bundle", protein_encoder="int8")
+
+
+def test_what_would_be_written_is_without_the_encoder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    whole, less = (
+        plan_bundle(ExportOptions(Layout.locate(tiny_checkpoint, without=without), tmp_path / "bundle"))
+        for without in ([], ["protein"])
+    )
+    assert whole.parts.keys() - less.parts.keys() == {"protein_encoder"}
+    assert whole.work - less.work == whole.parts["protein_encoder"]
+    assert less.parts["projections"] == whole.parts["projections"] * 300 // (300 + 64)
 
 
 def test_questions_without_meaning_for_the_precision_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

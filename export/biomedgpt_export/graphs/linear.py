@@ -10,11 +10,15 @@ import onnx
 import torch
 
 from ..quantize.int4 import Int4Weight, WeightQuantizer
+from ..quantize.int8 import QMAX_PRODUCT, nearest_int8
 from .builder import CONTRIB, GraphBuilder
 from .matrices import Matrix, Weights
 
 Precision = Literal["fp32", "fp16", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int4")
+# Of the linear layers of one graph: int8 is for encoders, which multiply each weight by many rows at once.
+GraphPrecision = Literal["fp32", "fp16", "int8", "int4"]
+GRAPH_PRECISIONS: tuple[GraphPrecision, ...] = ("fp32", "fp16", "int8", "int4")
 
 # What MatMulNBits computes with on a CPU. int8 quantizes activations per block and runs 1.7 times as fast as fp32.
 Activations = Literal["fp32", "int8"]
@@ -26,7 +30,8 @@ class Linears:
     """Emits linear layers and remembers what was stored.
 
     Attributes:
-        precision: fp32 and fp16 store plain weights (computed in fp32 on a CPU either way), int4 stores groups.
+        precision: fp32 and fp16 store plain weights (computed in fp32 on a CPU either way), int8 stores one scale per
+            output and quantizes activations, int4 stores groups.
         quantizer: chooses int4 values; needed for int4 only.
         activations: what int4 layers compute with.
         group_sizes: group size -> number of weights quantized with it, for the manifest.
@@ -34,7 +39,7 @@ class Linears:
         asymmetric: keys of weights with zero points of their own.
     """
 
-    precision: Precision
+    precision: GraphPrecision
     quantizer: WeightQuantizer | None = None
     activations: Activations = "fp32"
     group_sizes: dict[int, int] = field(default_factory=dict)
@@ -52,6 +57,8 @@ class Linears:
         """Adds ``source @ weight.T + bias`` for ``weight`` ``[N, K]``; returns the output's name."""
         if self.precision == "int4":
             product = self._emit_int4(graph, source, name, weight)
+        elif self.precision == "int8":
+            product = _emit_int8(graph, source, name, weight)
         else:
             stored = graph.tensor(f"{name}.weight", self._plain(weight))
             if self.precision == "fp16":
@@ -104,3 +111,10 @@ class Linears:
             self.padded.append(name)
         if quantized.zero_points is not None:
             self.asymmetric.append(name)
+
+
+def _emit_int8(graph: GraphBuilder, source: str, name: str, weight: torch.Tensor) -> str:
+    quantized = nearest_int8(weight, QMAX_PRODUCT)
+    values = graph.tensor(f"{name}.weight_int8", quantized.values.T.contiguous().numpy())
+    scales = graph.tensor(f"{name}.scales", quantized.scales.numpy())
+    return graph.node("DynamicQuantizeMatMul", [source, values, scales], f"{name}.product", domain=CONTRIB)

@@ -11,6 +11,7 @@ import onnx
 import torch
 
 from ..quantize.int4 import Int4Weight
+from ..quantize.int8 import Int8Weight
 
 
 class StoredWeights:
@@ -26,13 +27,13 @@ class StoredWeights:
         """The matrix of the linear layer ``name``, float32 ``[N, K]``, dequantized if need be."""
         if f"{name}.weight" in self._tensors:
             return torch.from_numpy(self._array(f"{name}.weight").T.astype(np.float32))
-        return self.int4(name).dequantize()
+        return self._quantized(name).dequantize()
 
     def step(self, name: str) -> torch.Tensor:
         """Distance of neighbouring stored values around each weight of ``name``, float32 ``[N, K]``."""
         if f"{name}.weight" in self._tensors:
             return torch.from_numpy(np.spacing(np.abs(self._array(f"{name}.weight").T)).astype(np.float32))
-        return self.int4(name).steps()
+        return self._quantized(name).steps()
 
     def int4(self, name: str) -> Int4Weight:
         """The linear layer ``name``, which is stored in groups."""
@@ -44,6 +45,12 @@ class StoredWeights:
         if zero_points is not None:
             zero_points = zero_points.reshape(len(packed), -1)
         return Int4Weight(packed, scales, attributes["K"], attributes["block_size"], zero_points, order)
+
+    def _quantized(self, name: str) -> Int4Weight | Int8Weight:
+        if f"{name}.weight_int8" not in self._tensors:
+            return self.int4(name)
+        values, scales = (torch.from_numpy(self._array(f"{name}.{part}").copy()) for part in ("weight_int8", "scales"))
+        return Int8Weight(values.T, scales)
 
     def _optional(self, name: str) -> torch.Tensor | None:
         return torch.from_numpy(self._array(name).copy()) if name in self._tensors else None
