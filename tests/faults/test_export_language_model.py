@@ -96,6 +96,25 @@ def test_the_language_model_alone_answers_text_and_nothing_else(
             engine.ask("What is it?", Molecule.from_smiles("CCO"))
 
 
+def test_torch_files_of_transformers_export_as_safetensors_do(
+    saved: Callable[..., Path], state: State, tmp_path: Path
+) -> None:
+    folder = saved(state)
+    export(Layout.locate(folder), tmp_path / "one", precision="fp32")
+    (folder / "model.safetensors").unlink()
+    index, keys = {}, list(state)
+    for number in range(2):
+        name = f"pytorch_model-0000{number + 1}-of-00002.bin"
+        torch.save({key: state[key] for key in keys[number::2]}, folder / name)
+        index.update(dict.fromkeys(keys[number::2], name))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    export(Layout.locate(folder), tmp_path / "two", precision="fp32")
+    for name in ("decoder.data", "embeddings.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    sources = [entry.path for entry in Bundle.open(tmp_path / "two").manifest.sources]
+    assert {"text/pytorch_model.bin.index.json", "text/pytorch_model-00002-of-00002.bin"} < set(sources)
+
+
 def test_gptq_and_the_comparison_use_text_alone(saved: Callable[..., Path], state: State, tmp_path: Path) -> None:
     calibration = tmp_path / "questions.jsonl"
     calibration.write_text('{"question": "Why?", "answer": "So."}\n{"question": "What?", "smiles": "CCO"}\n')
