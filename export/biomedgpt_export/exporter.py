@@ -46,7 +46,7 @@ from .graphs.matrices import esm_matrices, llama_matrices
 from .plan import Part, Plan, plan
 from .quantize.gptq import GptqOptions
 from .quantize.imported import ImportedWeights
-from .quantize.int4 import ZERO_POINT, WeightQuantizer
+from .quantize.int4 import ZERO_POINT, WeightQuantizer, group_size_for
 from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
 from .quantize.layerwise import JournalQuantizer
@@ -249,11 +249,31 @@ class _Choices:
         """Those of them whose values GPTQ chooses."""
         return () if self.options.quantizer == "rtn" else self._quantized_here
 
+    @cached_property
+    def imported(self) -> ImportedWeights | None:
+        """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
+
+        That is its head, mostly, which is read for every token: the precision that was asked for holds for it, too.
+
+        Raises:
+            CheckpointError: a bundle cannot hold its groups.
+        """
+        quantized = self.source.quantized
+        if quantized is None:
+            return None
+        matrices = llama_matrices(self.source.configs.llama)
+        return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
+
     def plan(self) -> Plan:
-        """Sizes of what the options make of the checkpoint; the groups of one that is quantized count as ours do."""
-        options, configs = self.options, self.source.configs
+        """Sizes of what the options make of the checkpoint.
+
+        Raises:
+            CheckpointError: it is quantized in groups that a bundle cannot hold.
+        """
+        options, configs, imported = self.options, self.source.configs, self.imported
         llama, esm, gin = configs.llama, configs.esm, configs.gin
-        parts = [Part(DECODER_PART, llama_matrices(llama).values(), LLM, options.precision)]
+        group_size = group_size_for if imported is None else imported.block_size
+        parts = [Part(DECODER_PART, llama_matrices(llama).values(), LLM, options.precision, group_size)]
         if esm is not None:
             parts.append(Part(PROTEIN_PART, esm_matrices(esm).values(), PROTEIN, options.protein_precision))
         value = 4 if options.precision == "fp32" else 2
@@ -380,7 +400,7 @@ class _Export:
             self.report("protein encoder")
             with self._graph(PROTEIN_ENCODER) as graph:
                 build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
-        imported = self._imported()
+        imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
         linears = written[DECODER] = Linears(precision, quantizer, activations="int8")
         with self._graph(DECODER) as graph:
@@ -393,17 +413,6 @@ class _Export:
         if journal is None or part not in self.choices.gptq_parts:
             return RoundToNearest()
         return JournalQuantizer(journal, part)
-
-    def _imported(self) -> ImportedWeights | None:
-        """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
-
-        That is its head, mostly, which is read for every token: the precision that was asked for holds for it, too.
-        """
-        quantized = self.source.quantized
-        if quantized is None:
-            return None
-        matrices = llama_matrices(self.source.configs.llama)
-        return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
 
     def manifest(
         self, linears: dict[str, Linears], files: tuple[FileEntry, ...], measured: dict[str, Any] | None = None

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from biomedgpt_edge import Engine, Molecule
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import MissingModalityError
+from biomedgpt_export import exporter
 from biomedgpt_export.checkpoint import JoinedCheckpoint, open_checkpoint, open_gptq
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CheckpointError, ExportError, KeyMismatchError, ModelConfigError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
 from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.base import LLM
 from biomedgpt_export.families.base import Layout as AnyLayout
@@ -290,6 +291,11 @@ def test_a_quantized_head_is_imported_too(saved: Callable[..., Path], state: Sta
     folder = saved(gptq_state(narrow(state), also=("lm_head.weight",)), GPTQ)
     export(Layout.locate(folder), tmp_path / "bundle")
     require_imported(folder, tmp_path / "bundle")
+    # Groups of 32 columns take more than ours do, which is known before; beside them lie the two rotary tables.
+    decoder = Bundle.open(tmp_path / "bundle").manifest.decoder
+    matrices = (tmp_path / "bundle" / "decoder.data").stat().st_size - decoder.context * decoder.head_size * 4
+    planned = plan_bundle(ExportOptions(Layout.locate(folder), tmp_path / "again"))
+    assert (planned.parts["decoder"], planned.work) == (matrices, 0)
     # What is imported is what is there: nothing was rounded but the embeddings, to fp16.
     assert Bundle.open(tmp_path / "bundle").manifest.parity["rounding"]["decoder"] == 0
 
@@ -342,6 +348,20 @@ def test_options_for_what_the_checkpoint_has_decided_are_refused(
     with pytest.raises(ExportError, match=complaint):
         export(Layout.locate(saved(gptq_state(state), GPTQ)), tmp_path / "bundle", **options)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_groups_that_a_bundle_cannot_hold_are_refused_before_the_rest_is_quantized(
+    tiny_checkpoint: Path, saved: Callable[..., Path], state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.GROUP_SIZE", 8)
+    monkeypatch.setattr(exporter, "quantize_model", lambda *arguments: pytest.fail("work was begun"))
+    folder = saved(gptq_state(state), {**GPTQ, "group_size": 8})
+    layout = biomedgpt_10b.Layout.locate(tiny_checkpoint, text=folder)
+    with pytest.raises(CheckpointError, match="groups of 8 columns"):
+        export(layout, tmp_path / "bundle")
+    with pytest.raises(CheckpointError, match="groups of 8 columns"):
+        plan_bundle(ExportOptions(layout, tmp_path / "bundle"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_another_way_of_quantizing_is_refused(saved: Callable[..., Path], state: State, tmp_path: Path) -> None:
