@@ -6,6 +6,7 @@ A file has one JSON object per line: ``question``, and where there are some ``an
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,33 @@ def read_examples(path: Path) -> list[Example]:
     if not examples:
         raise CalibrationError(f"{path} holds no questions.", seen=str(path), remedy="Give at least one line.")
     return examples
+
+
+def readable(
+    examples: Sequence[Example], inputs: tuple[type[Input], ...], purpose: str, report: Callable[[str], None]
+) -> list[Example]:
+    """Those of the questions that a model can read which has encoders for ``inputs`` alone.
+
+    Args:
+        purpose: what they are for, such as "calibration".
+        report: is told how many others there are.
+
+    Raises:
+        CalibrationError: none can be read.
+    """
+    found = [example for example in examples if all(isinstance(item, inputs) for item in example.inputs)]
+    if not found:
+        raise CalibrationError(
+            f"each of the {len(examples)} {purpose} questions has a molecule or protein, for which the model has no "
+            "encoder.",
+            seen=len(examples),
+            remedy="Give questions that it can be asked.",
+        )
+    if len(found) < len(examples):
+        report(
+            f"{purpose}: {len(examples) - len(found)} of {len(examples)} questions need an encoder that is not there"
+        )
+    return found
 
 
 def _example(line: str) -> Example:

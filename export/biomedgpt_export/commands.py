@@ -13,9 +13,11 @@ from types import FrameType
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
-from .calibration import CALIBRATION, PROOF, read_examples
+from .calibration import PROOF, read_examples, readable
 from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, export_bundle, plan_bundle, read_about
-from .families.biomedgpt_10b import FAMILY, POLICY, Layout
+from .families import LAYOUTS
+from .families.base import MODALITIES
+from .families.biomedgpt_10b import FAMILY
 from .graphs.linear import GRAPH_PRECISIONS, PRECISIONS
 from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
@@ -56,16 +58,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", choices=[FAMILY], required=True, help="the model family of the checkpoint")
+    parser.add_argument("--family", choices=sorted(LAYOUTS), required=True, help="the model family of the checkpoint")
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="the release's folder: fusion_ckpts/biomedgpt_10b.pth, text_ckpts/biomedgpt-lm-7b, protein_ckpts/esm2-3b",
+        help="the release's folder; of BioMedGPT-10B fusion_ckpts/biomedgpt_10b.pth, text_ckpts/biomedgpt-lm-7b, "
+        "protein_ckpts/esm2-3b; of BioMedGPT-LM-7B that with config.json and the weights, which may be GPTQ's",
     )
     parser.add_argument("--fusion", type=Path, metavar="FILE", help="the weights, if they lie elsewhere")
-    parser.add_argument("--text", type=Path, metavar="DIR", help="language model configuration and tokenizer, likewise")
+    parser.add_argument(
+        "--text", type=Path, metavar="DIR",
+        help="language model configuration and tokenizer, likewise; with its weights too, if GPTQ has quantized them",
+    )  # fmt: skip
     parser.add_argument("--protein", type=Path, metavar="DIR", help="protein encoder configuration, likewise")
+    parser.add_argument(
+        "--without", choices=MODALITIES, action="append", default=[], help="leave this encoder out; may be repeated"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
     parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="of the linear layers (default: int4)")
     parser.add_argument(
@@ -75,10 +84,10 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         "--embeddings", choices=TABLE_PRECISIONS, default="fp16", help="of the token embeddings (default: fp16)"
     )
     parser.add_argument(
-        "--quantizer", choices=QUANTIZERS, default="gptq", help="how int4 values are chosen (default: gptq)"
+        "--quantizer", choices=QUANTIZERS, help="how int4 values are chosen that the checkpoint lacks (default: gptq)"
     )
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE.jsonl", default=CALIBRATION,
+        "--calibration", type=Path, metavar="FILE.jsonl",
         help="questions with answers for GPTQ (default: a set of its own)",
     )  # fmt: skip
     parser.add_argument(
@@ -90,7 +99,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="write no bundle whose mean KL divergence from the source is larger",
     )
-    parser.add_argument("--name", default="BioMedGPT-10B", help="what the bundle calls itself")
+    parser.add_argument("--name", help="what the bundle calls itself (default: the family's)")
     parser.add_argument(
         "--about", type=Path, metavar="FILE.json", help="facts for the manifest; 'policy' in it: own terms"
     )
@@ -102,7 +111,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_synthesize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", choices=[FAMILY], required=True, help="the model family to imitate")
+    parser.add_argument("--family", choices=[FAMILY.name], required=True, help="the model family to imitate")
     parser.add_argument("--scale", choices=sorted(SCALES), required=True, help="how large")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--layers", type=int, metavar="N", help="of the decoder, instead of those of the scale")
@@ -112,8 +121,14 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_bundle(options: argparse.Namespace) -> None:
-    layout = Layout.locate(options.checkpoint, fusion=options.fusion, text=options.text, protein=options.protein)
-    about, policy = read_about(options.about) if options.about else ({}, POLICY)
+    layout = LAYOUTS[options.family].locate(
+        options.checkpoint,
+        fusion=options.fusion,
+        text=options.text,
+        protein=options.protein,
+        without=options.without,
+    )
+    about, policy = read_about(options.about) if options.about else ({}, None)
     chosen = ExportOptions(
         layout=layout,
         out=options.out,
@@ -148,7 +163,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _run_compare(options: argparse.Namespace) -> None:
     first, second = (BundleSide(Bundle.open(path), options.threads) for path in (options.first, options.second))
-    figures = compared(first, second, read_examples(options.questions))
+    inputs = tuple(kind for kind in first.inputs if kind in second.inputs)
+    figures = compared(first, second, readable(read_examples(options.questions), inputs, "comparison", _report))
     print(json.dumps(figures, indent=1) if options.json else "\n".join(table(figures)))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +33,11 @@ from biomedgpt_edge.tokenizer import Tokenizer
 from . import parity, proof
 from .bundle_writer import BundleWriter, file_entry
 from .calibrated import quantize_model
-from .calibration import CALIBRATION, PROOF, read_examples
-from .checkpoint import Checkpoint, open_checkpoint
+from .calibration import CALIBRATION, PROOF, read_examples, readable
 from .errors import CheckpointError, ExportError, ProofError
-from .families import biomedgpt_10b as family
-from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, Layout
+from .families.base import LLM, MOLECULE, PROTEIN, Layout, Source
 from .graphs.builder import GraphBuilder
+from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
@@ -45,7 +45,8 @@ from .graphs.linear import GraphPrecision, Linears, Precision
 from .graphs.matrices import esm_matrices, llama_matrices
 from .plan import Part, Plan, plan
 from .quantize.gptq import GptqOptions
-from .quantize.int4 import ZERO_POINT, WeightQuantizer
+from .quantize.imported import ImportedWeights
+from .quantize.int4 import ZERO_POINT, WeightQuantizer, group_size_for
 from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
 from .quantize.layerwise import JournalQuantizer
@@ -76,30 +77,31 @@ class ExportOptions:
         layout: where the parts of the checkpoint lie.
         out: the bundle's folder; must not exist.
         precision: of the linear layers of decoder and protein encoder.
-        quantizer: chooses int4 values; without meaning for other precisions.
-        calibration: questions with answers for GPTQ.
+        quantizer: chooses int4 values, as far as the checkpoint has not chosen them before; left out, ``gptq``. Without
+            meaning for other precisions.
+        calibration: questions with answers for GPTQ; left out, a set of its own.
         proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
         max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
         protein_encoder: precision of the protein encoder's linear layers, where it is another one.
         embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
-        name: what the bundle calls itself.
+        name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
-        policy: the model's terms; the family's, unless the checkpoint is somebody's own.
+        policy: the model's terms; left out, the family's.
         threads: processor threads for GPTQ and the parity runs.
     """
 
     layout: Layout
     out: Path
     precision: Precision = "int4"
-    quantizer: Quantizer = "gptq"
-    calibration: Path = CALIBRATION
+    quantizer: Quantizer | None = None
+    calibration: Path | None = None
     proof: Proof = "quick"
     max_kl: float | None = None
     protein_encoder: GraphPrecision | None = None
     embeddings: TablePrecision = "fp16"
-    name: str = "BioMedGPT-10B"
+    name: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
-    policy: Policy = family.POLICY
+    policy: Policy | None = None
     threads: int = 1
 
     @property
@@ -110,14 +112,6 @@ class ExportOptions:
     @property
     def protein_precision(self) -> GraphPrecision:
         return self.protein_encoder or self.precision
-
-    @property
-    def gptq_parts(self) -> tuple[str, ...]:
-        """Parts of the model whose int4 values GPTQ chooses."""
-        if self.quantizer != "gptq":
-            return ()
-        parts = {DECODER_PART: self.precision, PROTEIN_PART: self.protein_precision}
-        return tuple(part for part, precision in parts.items() if precision == "int4")
 
 
 def export_bundle(options: ExportOptions, report: Report) -> Manifest:
@@ -155,14 +149,14 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
 
 
 def _export(options: ExportOptions, report: Report) -> Manifest:
-    with BundleWriter(options.out) as writer, open_checkpoint(options.layout.fusion) as checkpoint:
-        configs = Configs.read(options.layout, checkpoint)
-        family.check_keys(configs, checkpoint)
-        export = _Export(options, configs, checkpoint, writer.staging, report)
-        planned = planned_export(options, configs, checkpoint)
+    with BundleWriter(options.out) as writer, options.layout.open() as source:
+        choices = _Choices(options, source)
+        choices.check()
+        planned = choices.plan()
         for line in planned.lines():
             report(line)
         planned.require_space(options.out.absolute().parent)
+        export = _Export(options, source, choices, writer.staging, report)
         journal = export.quantized()
         export.write_tensors()
         linears = export.write_graphs(journal)
@@ -170,8 +164,8 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         _require_readable(manifest)
         staged = Bundle(writer.staging, manifest, digest="")
         staged.check()
-        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in options.gptq_parts}
-        measured = parity.measure(staged, configs, export.weights, options.threads, report, chosen)
+        chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in choices.gptq_parts}
+        measured = parity.measure(staged, source.configs, export.weights, options.threads, report, chosen)
         measured |= export.proved(staged)
         manifest = export.manifest(linears, manifest.files, measured)
         writer.commit(manifest)
@@ -187,27 +181,12 @@ def plan_bundle(options: ExportOptions) -> Plan:
     Raises:
         ExportError: the checkpoint cannot be used, or there is too little space.
     """
-    with open_checkpoint(options.layout.fusion) as checkpoint:
-        configs = Configs.read(options.layout, checkpoint)
-        family.check_keys(configs, checkpoint)
-        planned = planned_export(options, configs, checkpoint)
+    with options.layout.open() as source:
+        choices = _Choices(options, source)
+        choices.check()
+        planned = choices.plan()
     planned.require_space(options.out.absolute().parent)
     return planned
-
-
-def planned_export(options: ExportOptions, configs: Configs, checkpoint: Checkpoint) -> Plan:
-    """Sizes of what the options make of a checkpoint."""
-    parts = [
-        Part(DECODER_PART, llama_matrices(configs.llama).values(), LLM, options.precision),
-        Part(PROTEIN_PART, esm_matrices(configs.esm).values(), PROTEIN, options.protein_precision),
-    ]
-    value = 4 if options.precision == "fp32" else 2
-    hidden, widths = configs.llama.hidden_size, configs.gin.width + configs.esm.hidden_size
-    tensors = {
-        "embeddings": configs.rows * hidden * (1 if options.embeddings == "int8" else value),
-        "projections": widths * hidden * value,
-    }
-    return plan(parts, tensors, checkpoint, options.gptq_parts)
 
 
 def _work_folder(options: ExportOptions) -> Path:
@@ -215,11 +194,102 @@ def _work_folder(options: ExportOptions) -> Path:
     return options.out.parent / f".{options.out.name}.gptq"
 
 
+@dataclass(frozen=True)
+class _Choices:
+    """What the options come to for one checkpoint."""
+
+    options: ExportOptions
+    source: Source
+
+    def check(self) -> None:
+        """What the checkpoint leaves no room for is refused, not ignored.
+
+        Raises:
+            ExportError: an option asks for it.
+        """
+        options, imported = self.options, self.source.quantized is not None
+        if options.protein_encoder is not None and self.source.configs.esm is None:
+            raise ExportError(
+                f"a protein encoder in {options.protein_encoder} was asked for, and the bundle is to be without one.",
+                seen=options.protein_encoder,
+                remedy="Leave out --protein-encoder.",
+            )
+        if imported and options.precision != "int4":
+            raise ExportError(
+                f"precision {options.precision} was asked for, and the language model is quantized to int4.",
+                seen=options.precision,
+                limit="int4",
+                remedy="Export with precision int4, or export the original weights.",
+            )
+        if imported and options.quantizer is not None and not self._quantized_here:
+            raise ExportError(
+                f"the quantizer {options.quantizer} was asked for, and the checkpoint is quantized.",
+                seen=options.quantizer,
+                remedy="Leave it out: what the checkpoint has quantized is stored as it is.",
+            )
+        if options.calibration is not None and not self.gptq_parts:
+            raise ExportError(
+                "calibration questions were given, and GPTQ has nothing to quantize.",
+                seen=str(options.calibration),
+                remedy="Leave them out, or quantize a checkpoint that is not quantized with precision int4 and gptq.",
+            )
+
+    @property
+    def _quantized_here(self) -> tuple[str, ...]:
+        """Parts of the model whose int4 values the checkpoint does not bring along."""
+        wanted = dict[str, GraphPrecision]()
+        if self.source.quantized is None:
+            wanted[DECODER_PART] = self.options.precision
+        if self.source.configs.esm is not None:
+            wanted[PROTEIN_PART] = self.options.protein_precision
+        return tuple(part for part, precision in wanted.items() if precision == "int4")
+
+    @property
+    def gptq_parts(self) -> tuple[str, ...]:
+        """Those of them whose values GPTQ chooses."""
+        return () if self.options.quantizer == "rtn" else self._quantized_here
+
+    @cached_property
+    def imported(self) -> ImportedWeights | None:
+        """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
+
+        That is its head, mostly, which is read for every token: the precision that was asked for holds for it, too.
+
+        Raises:
+            CheckpointError: a bundle cannot hold its groups.
+        """
+        quantized = self.source.quantized
+        if quantized is None:
+            return None
+        matrices = llama_matrices(self.source.configs.llama)
+        return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
+
+    def plan(self) -> Plan:
+        """Sizes of what the options make of the checkpoint.
+
+        Raises:
+            CheckpointError: it is quantized in groups that a bundle cannot hold.
+        """
+        options, configs, imported = self.options, self.source.configs, self.imported
+        llama, esm, gin = configs.llama, configs.esm, configs.gin
+        group_size = group_size_for if imported is None else imported.block_size
+        parts = [Part(DECODER_PART, llama_matrices(llama).values(), LLM, options.precision, group_size)]
+        if esm is not None:
+            parts.append(Part(PROTEIN_PART, esm_matrices(esm).values(), PROTEIN, options.protein_precision))
+        value = 4 if options.precision == "fp32" else 2
+        widths = (0 if gin is None else gin.width) + (0 if esm is None else esm.hidden_size)
+        tensors = {
+            "embeddings": configs.rows * llama.hidden_size * (1 if options.embeddings == "int8" else value),
+            "projections": widths * llama.hidden_size * value,
+        }
+        return plan(parts, tensors, self.source.checkpoint, self.gptq_parts)
+
+
 @dataclass
 class _Export:
     options: ExportOptions
-    configs: Configs
-    checkpoint: Checkpoint
+    source: Source
+    choices: _Choices
     staging: Path
     report: Report
 
@@ -229,10 +299,11 @@ class _Export:
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
-        tensor = self.checkpoint.tensor(key)
+        tensor = self.source.checkpoint.tensor(key)
         if not torch.isfinite(tensor).all():
+            name = self.source.checkpoint.original_name(key)
             raise CheckpointError(
-                f"tensor '{key}' holds NaN or infinity.", seen=key, remedy="Download or save the checkpoint again."
+                f"tensor '{name}' holds NaN or infinity.", seen=name, remedy="Download or save the checkpoint again."
             )
         return tensor
 
@@ -240,18 +311,9 @@ class _Export:
         """Embeddings, projections, tokenizer and policy."""
         self.report("writing embeddings and projections")
         _save_tensors(self.staging / FILES.embeddings, self._embeddings())
-        protein_weight, protein_bias = self._protein_projection()
-        _save_tensors(
-            self.staging / FILES.projections,
-            {
-                "molecule.weight": self._stored("proj_mol.weight"),
-                "molecule.bias": self.weights("proj_mol.bias").float(),
-                "protein.weight": self._stored("proj_prot.weight", protein_weight),
-                "protein.bias": protein_bias,
-            },
-        )
+        _save_tensors(self.staging / FILES.projections, self._projections())
         (self.staging / FILES.tokenizer).write_bytes(self.options.layout.tokenizer.read_bytes())
-        policy = self.options.policy
+        policy = self._policy
         (self.staging / POLICY_FILE).write_text(
             f"Licence: {policy.licence}\nUse policy: {policy.use_policy}\n{policy.notice}\n", encoding="utf-8"
         )
@@ -260,24 +322,26 @@ class _Export:
         """The matrices that GPTQ chose, where it is to choose; what an earlier run did is taken up.
 
         Raises:
-            CalibrationError: the calibration file cannot be used.
+            CalibrationError: the calibration file cannot be used, or has no question for this model.
             JournalError: the earlier run was another one.
         """
         options = self.options
-        if not options.gptq_parts:
+        if not self.choices.gptq_parts:
             return None
-        examples = read_examples(options.calibration)
+        path, inputs = options.calibration or CALIBRATION, self.source.configs.inputs
+        examples = readable(read_examples(path), inputs, "calibration", self.report)
         gptq = GptqOptions()
         plan = {
-            "calibration": sha256_of(options.calibration),
+            "calibration": sha256_of(path),
             "gptq": asdict(gptq),
-            "parts": list(options.gptq_parts),
+            "inputs": [kind.__name__ for kind in inputs],
+            "parts": list(self.choices.gptq_parts),
             "sources": {entry.path: entry.sha256 for entry in self._sources},
             "threads": options.threads,
             "torch": torch.__version__,
         }
         journal = Journal(_work_folder(options), plan)
-        quantize_model(self._streamed(), examples, options.gptq_parts, journal, gptq, self.report)
+        quantize_model(self._streamed(), examples, self.choices.gptq_parts, journal, gptq, self.report)
         return journal
 
     def proved(self, bundle: Bundle) -> dict[str, Any]:
@@ -289,8 +353,9 @@ class _Export:
         options = self.options
         if options.exact or options.proof == "none":
             return {}
-        examples = read_examples(PROOF)
-        self.report("comparing with the source")
+        examples = readable(read_examples(PROOF), self.source.configs.inputs, "comparison", self.report)
+        imported = self.source.quantized is not None
+        self.report("comparing with the source" + ", which is the dequantized checkpoint" * imported)
         figures = proof.compared(
             proof.SourceSide(self._streamed()),
             proof.BundleSide(bundle, options.threads),
@@ -306,49 +371,58 @@ class _Export:
                 limit=options.max_kl,
                 remedy="Nothing was written. Calibrate with more, or other, questions, or use a higher precision.",
             )
-        return {"proof": figures}
+        return {"proof": figures | {"source": "the checkpoint, dequantized" if imported else "the checkpoint"}}
 
     def _streamed(self) -> StreamedModel:
-        tokenizer = Tokenizer(self.options.layout.tokenizer)
-        return StreamedModel(self.configs, self.weights, family.PROMPT_TEMPLATE, tokenizer)
+        layout = self.options.layout
+        return StreamedModel(self.source.configs, self.weights, layout.family.template, Tokenizer(layout.tokenizer))
 
     def write_graphs(self, journal: Journal | None) -> dict[str, Linears]:
-        """The three graphs; returns how the linear layers of each were stored."""
-        precision, protein = self.options.precision, self.options.protein_precision
+        """The decoder and the encoders that there are; returns how the linear layers of each were stored.
 
-        def quantizer(part: str) -> WeightQuantizer:
-            if journal is None or part not in self.options.gptq_parts:
-                return RoundToNearest()
-            return JournalQuantizer(journal, part)
-
-        # 300 and 600 columns gain nothing from groups, and the whole encoder is 4 MB: it stays fp16 in int4 bundles.
-        linears = {
-            MOLECULE_ENCODER: Linears("fp16" if precision == "int4" else precision),
+        Raises:
+            CheckpointError: the checkpoint has quantized a matrix that no linear layer computes with.
+        """
+        precision, configs = self.options.precision, self.source.configs
+        llama, esm, gin = configs.llama, configs.esm, configs.gin
+        written = dict[str, Linears]()
+        if gin is not None:
+            # 300 and 600 columns gain nothing from groups, and all of it is 4 MB: it stays fp16 in int4 bundles.
+            linears = written[MOLECULE_ENCODER] = Linears("fp16" if precision == "int4" else precision)
+            self.report("molecule encoder")
+            with self._graph(MOLECULE_ENCODER) as graph:
+                build_gin(graph, gin, self._under(MOLECULE), linears)
+        if esm is not None:
             # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten:
             # they are used where they were asked for.
-            PROTEIN_ENCODER: Linears(protein, quantizer(PROTEIN_PART), activations="fp32"),
-            DECODER: Linears(precision, quantizer(DECODER_PART), activations="int8"),
-        }
-        self.report("molecule encoder")
-        self._build(MOLECULE_ENCODER, lambda graph: build_gin(
-            graph, self.configs.gin, self._under(MOLECULE), linears[MOLECULE_ENCODER]
-        ))  # fmt: skip
-        self._build(PROTEIN_ENCODER, lambda graph: build_esm(
-            graph, self.configs.esm, self._under(PROTEIN), linears[PROTEIN_ENCODER], self.report
-        ))  # fmt: skip
-        self._build(DECODER, lambda graph: build_decoder(
-            graph, self.configs.llama, self.configs.rows, self._under(LLM), linears[DECODER], self.report
-        ))  # fmt: skip
-        return linears
+            quantizer = self._quantizer(PROTEIN_PART, journal)
+            linears = written[PROTEIN_ENCODER] = Linears(self.options.protein_precision, quantizer, activations="fp32")
+            self.report("protein encoder")
+            with self._graph(PROTEIN_ENCODER) as graph:
+                build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
+        imported = self.choices.imported
+        quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
+        linears = written[DECODER] = Linears(precision, quantizer, activations="int8")
+        with self._graph(DECODER) as graph:
+            build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
+        if imported is not None:
+            _require_all_used(imported)
+        return written
+
+    def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
+        if journal is None or part not in self.choices.gptq_parts:
+            return RoundToNearest()
+        return JournalQuantizer(journal, part)
 
     def manifest(
         self, linears: dict[str, Linears], files: tuple[FileEntry, ...], measured: dict[str, Any] | None = None
     ) -> Manifest:
         """The manifest over the staged ``files``, with the parity report once it was measured."""
-        llama, esm, gin = self.configs.llama, self.configs.esm, self.configs.gin
+        family, configs = self.options.layout.family, self.source.configs
+        llama, esm, gin = configs.llama, configs.esm, configs.gin
         return Manifest(
-            family=family.FAMILY,
-            name=self.options.name,
+            family=family.name,
+            name=self.options.name or family.title,
             precision=self.options.precision,
             decoder=DecoderSpec(
                 graph=DECODER,
@@ -358,36 +432,36 @@ class _Export:
                 heads=llama.heads,
                 kv_heads=llama.kv_heads,
                 head_size=llama.head_size,
-                vocabulary=self.configs.rows,
+                vocabulary=configs.rows,
                 context=llama.context,
                 rope_base=llama.rope_base,
                 norm_eps=llama.norm_eps,
                 attention_bias=llama.attention_bias,
             ),
-            molecule_encoder=MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
-            protein_encoder=ProteinEncoderSpec(
-                PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
-            ),
+            molecule_encoder=None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
+            protein_encoder=None if esm is None else _protein_spec(esm),
             tensors=FILES,
-            prompt=family.PROMPT_TEMPLATE,
-            policy=self.options.policy,
+            prompt=family.template,
+            policy=self._policy,
             files=files,
             sources=self._sources,
             quantization={name: _recipe(used) for name, used in linears.items()},
             parity=measured or {},
-            about=self.options.about,
+            about={**family.facts, **self.options.about},
         )
 
     @cached_property
     def _sources(self) -> tuple[FileEntry, ...]:
         """What the bundle is made from, named by the part it plays, so that folder names change no byte."""
-        shards = self.checkpoint.files
-        names = ["fusion"] if len(shards) == 1 else [f"fusion/{path.name}" for path in shards]
         entries = []
-        for name, path in [*zip(names, shards, strict=True), *self.options.layout.side_files.items()]:
+        for name, path in self.source.files.items():
             self.report(f"hashing {path.name} ({path.stat().st_size:,} bytes)")
             entries.append(file_entry(path, name))
         return tuple(entries)
+
+    @property
+    def _policy(self) -> Policy:
+        return self.options.policy or self.options.layout.family.policy
 
     def _embeddings(self) -> dict[str, torch.Tensor]:
         key = f"{LLM}model.embed_tokens.weight"
@@ -395,6 +469,18 @@ class _Export:
             return {"weight": self._stored(key)}
         quantized = nearest_int8(self.weights(key), QMAX)
         return {"weight": quantized.values, "scale": quantized.scales}
+
+    def _projections(self) -> dict[str, torch.Tensor]:
+        """From the widths of the encoders that there are to the decoder's."""
+        tensors = dict[str, torch.Tensor]()
+        if self.source.configs.gin is not None:
+            tensors["molecule.weight"] = self._stored("proj_mol.weight")
+            tensors["molecule.bias"] = self.weights("proj_mol.bias").float()
+        if self.source.configs.esm is not None:
+            weight, bias = self._protein_projection()
+            tensors["protein.weight"] = self._stored("proj_prot.weight", weight)
+            tensors["protein.bias"] = bias
+        return tensors
 
     def _protein_projection(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``proj_prot`` with the gain and shift of the encoder's final LayerNorm folded in."""
@@ -412,25 +498,31 @@ class _Export:
         dtype = torch.float32 if self.options.precision == "fp32" else torch.float16
         stored = (self.weights(key) if tensor is None else tensor).to(dtype)
         if not torch.isfinite(stored).all():
+            name = self.source.checkpoint.original_name(key)
             raise CheckpointError(
-                f"tensor '{key}' holds values beyond fp16.", seen=key, limit=65504, remedy="Export with precision fp32."
+                f"tensor '{name}' holds values beyond fp16.",
+                seen=name,
+                limit=65504,
+                remedy="Export with precision fp32.",
             )
         return stored
 
     def _under(self, prefix: str) -> Callable[[str], torch.Tensor]:
         return lambda name: self.weights(prefix + name)
 
-    def _build(self, name: str, build: Callable[[GraphBuilder], None]) -> None:
+    @contextmanager
+    def _graph(self, name: str) -> Iterator[GraphBuilder]:
+        """A graph that is saved once it is whole."""
         graph = GraphBuilder(self.staging / name)
         try:
-            build(graph)
+            yield graph
             graph.save()
         finally:
             graph.close()
 
 
-def read_about(path: Path) -> tuple[dict[str, Any], Policy]:
-    """Facts for the manifest from a JSON file, and the model's terms: its ``policy``, or else the family's.
+def read_about(path: Path) -> tuple[dict[str, Any], Policy | None]:
+    """Facts for the manifest from a JSON file, and the model's terms, its ``policy``, if it has them.
 
     Raises:
         ExportError: not a JSON object, or a policy without its three texts.
@@ -443,7 +535,7 @@ def read_about(path: Path) -> tuple[dict[str, Any], Policy]:
         raise ExportError(f"{path} is not a JSON object.", seen=str(path))
     terms = about.pop("policy", None)
     if terms is None:
-        return about, family.POLICY
+        return about, None
     names = [entry.name for entry in fields(Policy)]
     if not isinstance(terms, dict) or sorted(terms) != sorted(names) or not all(map(_is_text, terms.values())):
         raise ExportError(f"'policy' in {path} needs the texts {', '.join(names)}.", seen=str(path))
@@ -467,6 +559,22 @@ def _require_readable(manifest: Manifest) -> None:
         raise ExportError(
             "the manifest would be too large.", limit=MAX_MANIFEST_BYTES // 2, remedy="Give fewer facts with --about."
         )
+
+
+def _require_all_used(imported: ImportedWeights) -> None:
+    unused = sorted(imported.unused)
+    if unused:
+        raise CheckpointError(
+            f"the checkpoint has quantized {', '.join(unused)}, which a bundle does not hold in groups.",
+            seen=unused,
+            remedy="Nothing was written. Quantize the linear layers alone, or export the original weights.",
+        )
+
+
+def _protein_spec(esm: EsmConfig) -> ProteinEncoderSpec:
+    return ProteinEncoderSpec(
+        PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
+    )
 
 
 def _recipe(linears: Linears) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
 from biomedgpt_edge.manifest import FileEntry
-from biomedgpt_edge.prompt import MoleculeSegment, TokenSegment
+from biomedgpt_edge.prompt import MoleculeSegment, ProteinSegment, TokenSegment
 from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
-from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
+from .families.base import LLM, MOLECULE, PROTEIN, Configs
 from .graphs.linear import ACCURACY_LEVELS
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 from .stored_model import ROUNDING_TOLERANCE, Chosen, StoredModel, folded
@@ -46,12 +46,12 @@ Array = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The source modules with one set of weights."""
+    """The source modules with one set of weights; encoders as far as the model has them."""
 
     llama: SourceLlama
-    esm: SourceEsm
-    gin: SourceGin
     weights: Weights
+    esm: SourceEsm | None
+    gin: SourceGin | None
 
     def embeddings(self, prompt: PreparedPrompt) -> Array:
         """The prompt's embeddings as the reference builds them, float32 ``[T, hidden]``."""
@@ -60,11 +60,13 @@ class Source:
         for segment in prompt.segments:
             if isinstance(segment, TokenSegment):
                 parts.append(table[torch.from_numpy(segment.ids)].float())
-            elif isinstance(segment, MoleculeSegment):
+            elif isinstance(segment, MoleculeSegment) and self.gin is not None:
                 parts.append(self._project("proj_mol", self.gin.features(segment.molecule.graph)))
-            else:
+            elif isinstance(segment, ProteinSegment) and self.esm is not None:
                 ids = torch.from_numpy(residue_ids(segment.protein.sequence))
                 parts.append(self._project("proj_prot", self.esm.features(ids)))
+            else:
+                raise TypeError("the source model has no encoder for what the bundle has encoded")
         return np.asarray(torch.cat(parts).numpy())
 
     def logits(self, embeddings: Array) -> Array:
@@ -133,11 +135,13 @@ def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[st
 
 
 def _prompts(engine: Engine) -> dict[str, PreparedPrompt]:
-    return {
-        "molecule": engine.prepare("Please describe this molecule.", Molecule.from_smiles(_ASPIRIN)),
-        "protein": engine.prepare("What is the function of this protein?", Protein.from_sequence(_IF1)),
-        "text": engine.prepare("What is a protein?"),
-    }
+    """One of each kind that the bundle can read."""
+    manifest, prompts = engine.bundle.manifest, dict[str, PreparedPrompt]()
+    if manifest.molecule_encoder is not None:
+        prompts["molecule"] = engine.prepare("Please describe this molecule.", Molecule.from_smiles(_ASPIRIN))
+    if manifest.protein_encoder is not None:
+        prompts["protein"] = engine.prepare("What is the function of this protein?", Protein.from_sequence(_IF1))
+    return prompts | {"text": engine.prepare("What is a protein?")}
 
 
 def _exported_logits(decoder: OnnxDecoder, embeddings: Array) -> Array:
@@ -186,9 +190,9 @@ def _source(configs: Configs, weights: Weights, report: Callable[[str], None]) -
 
     return Source(
         SourceLlama(configs.llama, configs.rows, under(LLM), report),
-        SourceEsm(configs.esm, under(PROTEIN), report),
-        SourceGin(configs.gin, under(MOLECULE)),
         weights,
+        None if configs.esm is None else SourceEsm(configs.esm, under(PROTEIN), report),
+        None if configs.gin is None else SourceGin(configs.gin, under(MOLECULE)),
     )
 
 

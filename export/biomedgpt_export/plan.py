@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ _REST = 32 * 2**20
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the bundle: its linear layers, and how each is stored."""
+    """A part of the bundle: its linear layers, and how each is stored; of int4 in which groups, by its columns."""
 
     name: str
     matrices: Collection[Matrix]
     prefix: str
     precision: GraphPrecision
+    group_size: Callable[[int], int] = group_size_for
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _bytes(matrix: Matrix, part: Part, checkpoint: Checkpoint) -> int:
     shapes = [checkpoint.shape(part.prefix + key) for key in matrix.keys]
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
     if part.precision == "int4":
-        size = group_size_for(columns)
+        size = part.group_size(columns)
         return rows * -(-columns // size) * (size // 2 + 2)
     return rows * columns * {"fp32": 4, "fp16": 2, "int8": 1}[part.precision]
 

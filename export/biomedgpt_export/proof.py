@@ -76,6 +76,13 @@ class BundleSide:
         self._decoder = OnnxDecoder(bundle, threads=threads)
         self._engine = Engine(bundle, self._decoder, threads=threads)
 
+    @property
+    def inputs(self) -> tuple[type[Input], ...]:
+        """Kinds of input that it has encoders for."""
+        manifest = self._bundle.manifest
+        encoders = {Molecule: manifest.molecule_encoder, Protein: manifest.protein_encoder}
+        return tuple(kind for kind, encoder in encoders.items() if encoder is not None)
+
     def logits(self, texts: Sequence[Text]) -> Iterator[Array]:
         """See :class:`Side`."""
         for text in texts:

@@ -18,7 +18,8 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.manifest import DecoderSpec
 
 from .errors import ParityError
-from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs, esm_tensors, gin_tensors, llama_tensors
+from .families.base import LLM, MOLECULE, PROTEIN, Configs
+from .families.tensors import esm_tensors, gin_tensors, llama_tensors
 from .graphs.config import GinConfig
 from .graphs.stored import StoredWeights
 from .quantize.int4 import Int4Weight
@@ -154,8 +155,10 @@ class StoredModel:
             yield "tensors", key
         names = [LLM + name for name, _ in llama_tensors(configs.llama, configs.rows)]
         names += [f"{LLM}lm_head.weight"] * configs.llama.tied_head
-        names += [PROTEIN + name for name, _ in esm_tensors(configs.esm)]
-        names += [MOLECULE + name for name, _ in gin_tensors(configs.gin)]
+        if configs.esm is not None:
+            names += [PROTEIN + name for name, _ in esm_tensors(configs.esm)]
+        if configs.gin is not None:
+            names += [MOLECULE + name for name, _ in gin_tensors(configs.gin)]
         parts = {LLM: "decoder", PROTEIN: "protein_encoder", MOLECULE: "molecule_encoder"}
         for key in names:
             if self._place(key) is not None:

@@ -1,4 +1,4 @@
-"""A whole BioMedGPT-10B over many texts at once, layer by layer, from a checkpoint of any size.
+"""A whole model over many texts at once, layer by layer, from a checkpoint of any size.
 
 Prompts reach the decoder as on a box: molecules and proteins go through their encoders and projections, and stand as
 soft tokens among the text.
@@ -20,7 +20,7 @@ from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from .calibration import Example
-from .families.biomedgpt_10b import LLM, MOLECULE, PROTEIN, Configs
+from .families.base import LLM, MOLECULE, PROTEIN, Configs
 from .graphs.matrices import Weights
 from .source_modules import SourceGin
 from .streamed import ExactStep, StreamedEsm, StreamedLlama
@@ -77,11 +77,17 @@ class StreamedModel:
     walk: Walk = walk_exactly
 
     def protein_tokens(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Soft tokens float32 ``[L + 2, hidden]`` of every protein that is given, by its sequence."""
+        """Soft tokens float32 ``[L + 2, hidden]`` of every protein that is given, by its sequence.
+
+        Raises:
+            TypeError: there is one, and no encoder for it.
+        """
         given = [item for example in examples for item in example.inputs if isinstance(item, Protein)]
         sequences = list(dict.fromkeys(protein.sequence for protein in given))
         if not sequences:
             return {}
+        if self.configs.esm is None:
+            raise TypeError("a model without a protein encoder was given a protein")
         weights = _under(self.weights, PROTEIN)
         esm = StreamedEsm(self.configs.esm, weights)
         ids = [torch.from_numpy(residue_ids(sequence)) for sequence in sequences]
@@ -90,7 +96,13 @@ class StreamedModel:
         return dict(zip(sequences, self._projected("proj_prot", esm.normed(hidden)).split(lengths), strict=True))
 
     def molecule_tokens(self, molecule: Molecule) -> torch.Tensor:
-        """Soft tokens float32 ``[atoms, hidden]``."""
+        """Soft tokens float32 ``[atoms, hidden]``.
+
+        Raises:
+            TypeError: there is no encoder for molecules.
+        """
+        if self.configs.gin is None:
+            raise TypeError("a model without a molecule encoder was given a molecule")
         gin = SourceGin(self.configs.gin, _under(self.weights, MOLECULE))
         return self._projected("proj_mol", gin.features(molecule.graph))
 

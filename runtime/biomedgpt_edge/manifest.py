@@ -84,7 +84,7 @@ class TensorFiles:
     """Where the tensors outside the graphs lie.
 
     ``embeddings`` holds ``weight`` (fp32, fp16, or int8 with ``scale`` per row); ``projections`` holds
-    ``molecule.weight``, ``molecule.bias``, ``protein.weight``, ``protein.bias``.
+    ``molecule.weight``, ``molecule.bias``, ``protein.weight``, ``protein.bias``, as far as there is an encoder.
     """
 
     embeddings: str

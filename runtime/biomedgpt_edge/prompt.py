@@ -31,7 +31,7 @@ class PromptTemplate:
     """The strings of the chat format, from the bundle's manifest.
 
     Attributes:
-        system: opening text, ending in a space.
+        system: opening text, ending in a space, or empty.
         separator: stands between messages; always ``###``.
         human, assistant: role names.
         molecule, protein: opening and closing mark around the soft tokens.

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_export import calibrated, exporter
+from biomedgpt_export import calibrated
 from biomedgpt_export.calibration import CALIBRATION
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CalibrationError, CheckpointError, ExportError, JournalError, ProofError
 from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.quantize import journal as journal_module
 
@@ -220,7 +221,7 @@ def test_questions_that_cannot_calibrate_are_refused_before_any_work(
 def test_a_checkpoint_with_nan_names_the_tensor(
     options: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exporter.open_checkpoint
+    real = biomedgpt_10b.open_checkpoint
 
     def damaged(path: Path) -> Any:
         checkpoint = real(path)
@@ -233,7 +234,7 @@ def test_a_checkpoint_with_nan_names_the_tensor(
         checkpoint.tensor = read  # type: ignore[method-assign]
         return checkpoint
 
-    monkeypatch.setattr(exporter, "open_checkpoint", damaged)
+    monkeypatch.setattr(biomedgpt_10b, "open_checkpoint", damaged)
     with pytest.raises(CheckpointError, match=r"llm\.model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
         export(options, tmp_path / "bundle")
 

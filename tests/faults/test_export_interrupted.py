@@ -19,6 +19,7 @@ from biomedgpt_export import bundle_writer, exporter
 from biomedgpt_export.bundle_writer import BundleWriter
 from biomedgpt_export.errors import ExportError, OutputExistsError
 from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.biomedgpt_10b import Layout
 
 
@@ -115,11 +116,11 @@ def test_everyone_may_read_what_the_umask_allows(tiny_bundle: Path) -> None:
 # --- failure at each step ---------------------------------------------------------------------------------------------
 
 
-def failing(name: str, after: int = 0) -> Callable[[pytest.MonkeyPatch, BaseException], None]:
-    """Makes the function ``name`` of the exporter raise at its call number ``after``."""
+def failing(name: str, after: int = 0, of: Any = exporter) -> Callable[[pytest.MonkeyPatch, BaseException], None]:
+    """Makes the function ``name`` of the exporter, or another module, raise at its call number ``after``."""
 
     def arrange(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-        owner: Any = exporter
+        owner: Any = of
         *parents, last = name.split(".")
         for part in parents:
             owner = getattr(owner, part)
@@ -154,9 +155,9 @@ def failing_commit(name: str, after: int = 0) -> Callable[[pytest.MonkeyPatch, B
 
 
 STEPS = {
-    "opening the checkpoint": failing("open_checkpoint"),
-    "reading configurations": failing("Configs.read"),
-    "comparing keys": failing("family.check_keys"),
+    "opening the checkpoint": failing("open_checkpoint", of=biomedgpt_10b),
+    "reading configurations": failing("EsmConfig.read", of=biomedgpt_10b),
+    "comparing keys": failing("require_fit", of=biomedgpt_10b),
     "reading the first tensor": failing("_Export.weights"),
     "reading a tensor of the decoder": failing("_Export.weights", after=100),
     "writing embeddings": failing("_save_tensors"),

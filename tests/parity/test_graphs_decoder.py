@@ -15,7 +15,7 @@ from biomedgpt_edge.decoder.onnx import OnnxState, _signature
 from biomedgpt_edge.manifest import DecoderSpec
 from biomedgpt_edge.ort_session import open_session
 from biomedgpt_edge.splice import EmbeddingTable
-from biomedgpt_export.families.biomedgpt_10b import llama_tensors
+from biomedgpt_export.families.tensors import llama_tensors
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import LlamaConfig
 from biomedgpt_export.graphs.decoder import build_decoder

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from biomedgpt_edge.protein_tokens import residue_ids
-from biomedgpt_export.families.biomedgpt_10b import esm_tensors
+from biomedgpt_export.families.tensors import esm_tensors
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import EsmConfig
 from biomedgpt_export.graphs.esm import build_esm

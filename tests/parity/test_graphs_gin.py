@@ -14,7 +14,7 @@ from torch_geometric.utils import add_self_loops
 
 from biomedgpt_edge import Molecule
 from biomedgpt_edge.molecule_graph import dense
-from biomedgpt_export.families.biomedgpt_10b import gin_tensors
+from biomedgpt_export.families.tensors import gin_tensors
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import GinConfig
 from biomedgpt_export.graphs.gin import build_gin

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from biomedgpt_export.families.biomedgpt_10b import llama_tensors
+from biomedgpt_export.families.tensors import llama_tensors
 from biomedgpt_export.graphs.config import LlamaConfig
 from biomedgpt_export.quantize.gptq import GptqOptions, Hessian, gptq
 from biomedgpt_export.quantize.journal import Journal

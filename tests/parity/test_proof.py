@@ -11,8 +11,8 @@ import torch
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.tokenizer import Tokenizer
 from biomedgpt_export.calibration import PROOF, Example, read_examples
-from biomedgpt_export.checkpoint import open_checkpoint
-from biomedgpt_export.families.biomedgpt_10b import LLM, PROMPT_TEMPLATE, Configs, Layout
+from biomedgpt_export.families.base import LLM
+from biomedgpt_export.families.biomedgpt_10b import PROMPT_TEMPLATE, Layout
 from biomedgpt_export.proof import BundleSide, SourceSide, compared, table
 from biomedgpt_export.source_modules import SourceLlama
 from biomedgpt_export.streamed_model import StreamedModel, Text
@@ -28,9 +28,8 @@ def examples() -> list[Example]:
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> StreamedModel:
     layout = Layout.locate(tiny_checkpoint)
-    checkpoint = open_checkpoint(layout.fusion)
-    configs = Configs.read(layout, checkpoint)
-    return StreamedModel(configs, checkpoint.tensor, PROMPT_TEMPLATE, Tokenizer(layout.tokenizer))
+    source = layout.open()
+    return StreamedModel(source.configs, source.checkpoint.tensor, PROMPT_TEMPLATE, Tokenizer(layout.tokenizer))
 
 
 def test_the_streamed_source_is_what_an_fp32_bundle_computes(

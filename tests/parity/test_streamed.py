@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from biomedgpt_edge.protein_tokens import residue_ids
-from biomedgpt_export.families.biomedgpt_10b import esm_tensors, llama_tensors
+from biomedgpt_export.families.tensors import esm_tensors, llama_tensors
 from biomedgpt_export.graphs.config import EsmConfig, LlamaConfig
 from biomedgpt_export.source_modules import SourceEsm, SourceLlama, Weights
 from biomedgpt_export.streamed import ExactStep, StreamedEsm, StreamedLlama

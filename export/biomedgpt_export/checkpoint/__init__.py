@@ -13,11 +13,20 @@ from ..errors import CheckpointError
 from .base import Checkpoint
 from .gptq import GptqCheckpoint, GptqWeight
 from .gptq_config import BITS, GptqConfig
+from .joined import JoinedCheckpoint
 from .safetensors_file import SafetensorsCheckpoint
 from .sharded import ShardedCheckpoint, require_inside
 from .torch_file import TorchCheckpoint
 
-__all__ = ["Checkpoint", "GptqCheckpoint", "GptqConfig", "GptqWeight", "open_checkpoint", "open_gptq"]
+__all__ = [
+    "Checkpoint",
+    "GptqCheckpoint",
+    "GptqConfig",
+    "GptqWeight",
+    "JoinedCheckpoint",
+    "open_checkpoint",
+    "open_gptq",
+]
 
 # In the order in which transformers looks for them, so that a folder with several means the same here as there.
 _FOLDER_FILES = (

@@ -64,6 +64,10 @@ class Checkpoint(abc.ABC):
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor. Only its own pages of the file are read."""
 
+    def original_name(self, key: str) -> str:
+        """What the file itself calls a tensor, for people; another name only where checkpoints are joined."""
+        return key
+
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of the files. May be called twice."""

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
-from biomedgpt_edge.errors import BundleCorruptError
 from biomedgpt_edge.manifest import Policy
-from biomedgpt_edge.molecule_graph import BOND_DIRECTIONS, BOND_TYPES
 from biomedgpt_edge.prompt import PromptTemplate
 from biomedgpt_edge.protein_tokens import ALPHABET, MAX_RESIDUES, SPECIAL_POSITIONS
-from biomedgpt_edge.tokenizer import Tokenizer
 
-from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, KeyMismatchError, ModelConfigError
-from ..graphs.config import EsmConfig, GinConfig, LlamaConfig
-
-FAMILY = "biomedgpt-10b"
+from ..checkpoint import Checkpoint, GptqCheckpoint, JoinedCheckpoint, open_checkpoint, open_gptq
+from ..errors import CheckpointError, ModelConfigError
+from ..graphs.config import EsmConfig, GinConfig
+from .base import LLM, MOLECULE, PROTEIN, Configs, Family, Modality, Source
+from .base import Layout as AnyLayout
+from .llama_folder import ADDED_TOKENS, LlamaFolder, llama_problems, vocabulary_rows, weight_files
+from .tensors import (
+    ESM_BUFFERS,
+    GIN_BUFFERS,
+    LLAMA_BUFFERS,
+    Expected,
+    esm_tensors,
+    gin_tensors,
+    key_problems,
+    llama_tensors,
+    require_fit,
+)
 
 # The system string of the authors' demonstration notebook, for molecules and proteins alike.
 PROMPT_TEMPLATE = PromptTemplate(
@@ -42,35 +53,33 @@ POLICY = Policy(
     ),
 )
 
+FAMILY = Family("biomedgpt-10b", "BioMedGPT-10B", PROMPT_TEMPLATE, POLICY)
+
 # The release's layout.
 WEIGHTS = PurePosixPath("fusion_ckpts/biomedgpt_10b.pth")
 TEXT_FOLDER = PurePosixPath("text_ckpts/biomedgpt-lm-7b")
 PROTEIN_FOLDER = PurePosixPath("protein_ckpts/esm2-3b")
 
-LLM, PROTEIN, MOLECULE = "llm.", "prot_structure_encoder.", "mol_structure_encoder."
 GIN_LAYERS, GIN_WIDTH = 5, 300
-# The tokenizer adds [PAD] behind the vocabulary of the configuration; its row was never trained and is never chosen.
-ADDED_TOKENS = 1
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-# Buffers and unused heads that one or the other library version stores; anything else must match exactly.
-IGNORED = re.compile(
-    r"llm\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-    r"|prot_structure_encoder\.(encoder\.layer\.\d+\.attention\.self\.)?rotary_embeddings\.inv_freq"
-    r"|prot_structure_encoder\.embeddings\.(position_embeddings\.weight|position_ids)"
-    r"|prot_structure_encoder\.(pooler\.dense|contact_head\.regression)\.(weight|bias)"
-    r"|mol_structure_encoder\.batch_norms\.\d+\.num_batches_tracked"
-)
+# What may be there without being read; everything else must match exactly.
+IGNORED = rf"{re.escape(LLM)}({LLAMA_BUFFERS})|{re.escape(PROTEIN)}({ESM_BUFFERS})|{re.escape(MOLECULE)}({GIN_BUFFERS})"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the parts of a release lie."""
+class Layout(AnyLayout):
+    """Where the parts of a release lie.
+
+    Attributes:
+        protein: the protein encoder's folder; None to leave that encoder out.
+        molecule: whether the molecule encoder is wanted.
+    """
 
     fusion: Path
     text: Path
-    protein: Path
+    protein: Path | None
+    molecule: bool = True
+    family: ClassVar[Family] = FAMILY
 
     @classmethod
     def locate(
@@ -80,21 +89,30 @@ class Layout:
         fusion: Path | None = None,
         text: Path | None = None,
         protein: Path | None = None,
+        without: Collection[Modality] = (),
     ) -> Layout:
         """The release's own layout below ``checkpoint``, each part also by a path of its own.
 
         Raises:
             CheckpointError: lists every file that is missing.
         """
-        if checkpoint is None and None in (fusion, text, protein):
+        wants_protein = "protein" not in without
+        if protein is not None and not wants_protein:
             raise CheckpointError(
-                "neither a checkpoint folder nor all three parts were given.", remedy="Give --checkpoint."
+                "a protein encoder was given, and the bundle is to be without one.",
+                seen=str(protein),
+                remedy="Leave out --protein, or --without protein.",
+            )
+        if checkpoint is None and (fusion is None or text is None or (wants_protein and protein is None)):
+            raise CheckpointError(
+                "neither a checkpoint folder nor all of its parts were given.", remedy="Give --checkpoint."
             )
         root = checkpoint or Path()
         layout = cls(
             fusion or root / WEIGHTS,
             text or root / TEXT_FOLDER,
-            protein or root / PROTEIN_FOLDER,
+            (protein or root / PROTEIN_FOLDER) if wants_protein else None,
+            molecule="molecule" not in without,
         )
         needed = [layout.fusion, *layout.side_files.values()]
         missing = [str(path) for path in needed if not path.exists()]
@@ -108,169 +126,88 @@ class Layout:
 
     @property
     def tokenizer(self) -> Path:
-        return self.text / "tokenizer.model"
+        return LlamaFolder(self.text).tokenizer
 
     @property
     def side_files(self) -> dict[str, Path]:
         """Files beside the weights that an export reads, by the part they play."""
-        return {
-            "text/config.json": self.text / "config.json",
-            "text/tokenizer.model": self.tokenizer,
-            "protein/config.json": self.protein / "config.json",
-            "protein/vocab.txt": self.protein / "vocab.txt",
-        }
+        files = LlamaFolder(self.text).side_files
+        if self.protein is not None:
+            files |= {f"protein/{name}": self.protein / name for name in ("config.json", "vocab.txt")}
+        return files
+
+    def open(self) -> Source:
+        """See :meth:`families.base.Layout.open`."""
+        with ExitStack() as opened:
+            fusion = opened.enter_context(open_checkpoint(self.fusion))
+            configs, decoder = self._configs(fusion, opened)
+            own_decoder = [] if decoder is not None else list(_under(LLM, llama_tensors(configs.llama, configs.rows)))
+            unused = self._unused() + [LLM] * (decoder is not None)
+            ignored = re.compile("|".join([IGNORED, *(rf"{re.escape(prefix)}.*" for prefix in unused)]))
+            problems = key_problems([*own_decoder, *_encoder_tensors(configs)], fusion, ignored)
+            if decoder is not None:
+                problems += llama_problems(configs.llama, configs.rows, decoder)
+            require_fit(problems)
+            opened.pop_all()
+        files = _fusion_files(fusion)
+        if decoder is None:
+            return Source(configs, fusion, {**files, **self.side_files})
+        joined = JoinedCheckpoint({LLM: decoder, "": fusion})
+        return Source(configs, joined, {**files, **weight_files(decoder), **self.side_files}, decoder)
+
+    def _configs(self, fusion: Checkpoint, opened: ExitStack) -> tuple[Configs, GptqCheckpoint | None]:
+        """From the configuration files, and the language model's weights where its folder has them quantized."""
+        esm = None
+        if self.protein is not None:
+            esm = EsmConfig.read(self.protein / "config.json")
+            _check_protein_alphabet(self.protein / "vocab.txt", esm)
+        folder = LlamaFolder(self.text)
+        llama = folder.config()
+        decoder = opened.enter_context(open_gptq(self.text)) if folder.quantized() else None
+        rows = llama.vocabulary + ADDED_TOKENS if decoder is None else vocabulary_rows(llama, decoder)
+        folder.check_tokenizer(llama, rows)
+        gin = GinConfig(GIN_LAYERS, _gin_width(fusion)) if self.molecule else None
+        return Configs(llama, rows, esm, gin), decoder
+
+    def _unused(self) -> list[str]:
+        """Prefixes of the tensors that belong to encoders that are left out."""
+        molecule, protein = [MOLECULE, "proj_mol."], [PROTEIN, "proj_prot."]
+        return molecule * (not self.molecule) + protein * (self.protein is None)
 
 
-@dataclass(frozen=True)
-class Configs:
-    """The three parts' configurations."""
-
-    llama: LlamaConfig
-    esm: EsmConfig
-    gin: GinConfig
-
-    @property
-    def rows(self) -> int:
-        """Rows of the vocabulary matrices."""
-        return self.llama.vocabulary + ADDED_TOKENS
-
-    @classmethod
-    def read(cls, layout: Layout, checkpoint: Checkpoint) -> Configs:
-        """From the configuration files; the molecule encoder has none, its width is that of its tensors."""
-        esm = EsmConfig.read(layout.protein / "config.json")
-        _check_protein_alphabet(layout.protein / "vocab.txt", esm)
-        llama = LlamaConfig.read(layout.text / "config.json")
-        _check_tokenizer(layout.tokenizer, llama)
-        key = f"{MOLECULE}x_embedding1.weight"
-        shape = checkpoint.shape(key) if key in checkpoint.keys() else ()
-        # Without that matrix the comparison of all keys names it, beside whatever else is wrong.
-        width = shape[1] if len(shape) == 2 else GIN_WIDTH
-        return cls(llama, esm, GinConfig(GIN_LAYERS, width))
+def _fusion_files(fusion: Checkpoint) -> dict[str, Path]:
+    """By the part they play, so that folder names change no byte of a bundle."""
+    if len(fusion.files) == 1:
+        return {"fusion": fusion.files[0]}
+    return {f"fusion/{path.name}": path for path in fusion.files}
 
 
-def check_keys(configs: Configs, checkpoint: Checkpoint) -> None:
-    """Compares every tensor's name and shape with what the configurations imply.
-
-    Raises:
-        KeyMismatchError: lists everything that is missing, unexpected or misshapen.
-    """
-    expected = dict(_expected(configs))
-    present = [key for key in checkpoint.keys() if not IGNORED.fullmatch(key)]
-    problems = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in present]
-    problems += [f"unexpected: {key} {list(checkpoint.shape(key))}" for key in present if key not in expected]
-    problems += [
-        f"misshapen: {key} is {list(checkpoint.shape(key))}, the configuration implies {list(expected[key])}"
-        for key in present
-        if key in expected and checkpoint.shape(key) != expected[key]
-    ]
-    problems += [
-        f"not floating point: {key} is {checkpoint.dtype(key)}"
-        for key in present
-        if key in expected and checkpoint.dtype(key) not in _FLOATS
-    ]
-    if problems:
-        raise KeyMismatchError(
-            f"the checkpoint does not fit its configuration in {len(problems)} places:\n  "
-            + "\n  ".join(problems)
-            + "\n",
-            problems,
-            remedy="Check that the weights and the config.json files belong together.",
-        )
+def _gin_width(fusion: Checkpoint) -> int:
+    """The molecule encoder has no configuration file; its width is that of its tensors."""
+    key = f"{MOLECULE}x_embedding1.weight"
+    shape = fusion.shape(key) if key in fusion.keys() else ()
+    # Without that matrix the comparison of all keys names it, beside whatever else is wrong.
+    return shape[1] if len(shape) == 2 else GIN_WIDTH
 
 
-def _expected(configs: Configs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for prefix, names in (
-        (LLM, llama_tensors(configs.llama, configs.rows)),
-        (PROTEIN, esm_tensors(configs.esm)),
-        (MOLECULE, gin_tensors(configs.gin)),
-        ("", _projection_tensors(configs)),
-    ):
-        for name, shape in names:
-            yield prefix + name, shape
-
-
-def llama_tensors(config: LlamaConfig, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of transformers' ``LlamaForCausalLM``."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key_value = config.heads * config.head_size, config.kv_heads * config.head_size
-    yield "model.embed_tokens.weight", (rows, hidden)
-    for layer in range(config.layers):
-        name = f"model.layers.{layer}"
-        for part, size in (("q", query), ("k", key_value), ("v", key_value)):
-            yield f"{name}.self_attn.{part}_proj.weight", (size, hidden)
-            if config.attention_bias:
-                yield f"{name}.self_attn.{part}_proj.bias", (size,)
-        yield f"{name}.self_attn.o_proj.weight", (hidden, query)
-        if config.attention_bias:
-            yield f"{name}.self_attn.o_proj.bias", (hidden,)
-        yield f"{name}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{name}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{name}.mlp.down_proj.weight", (hidden, inner)
-        yield f"{name}.input_layernorm.weight", (hidden,)
-        yield f"{name}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    if not config.tied_head:
-        yield "lm_head.weight", (rows, hidden)
-
-
-def esm_tensors(config: EsmConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of transformers' ``EsmModel``."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    yield "embeddings.word_embeddings.weight", (config.vocabulary, hidden)
-    for layer in range(config.layers):
-        name = f"encoder.layer.{layer}"
-        linears = {
-            **{f"attention.self.{part}": (hidden, hidden) for part in ("query", "key", "value")},
-            "attention.output.dense": (hidden, hidden),
-            "intermediate.dense": (inner, hidden),
-            "output.dense": (hidden, inner),
-        }
-        for part, shape in linears.items():
-            yield f"{name}.{part}.weight", shape
-            yield f"{name}.{part}.bias", shape[:1]
-        for norm in ("attention.LayerNorm", "LayerNorm"):
-            yield f"{name}.{norm}.weight", (hidden,)
-            yield f"{name}.{norm}.bias", (hidden,)
-    yield "encoder.emb_layer_norm_after.weight", (hidden,)
-    yield "encoder.emb_layer_norm_after.bias", (hidden,)
-
-
-def gin_tensors(config: GinConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of GraphMVP's ``GNN``."""
-    width = config.width
-    yield "x_embedding1.weight", (GinConfig.ATOM_TYPES, width)
-    yield "x_embedding2.weight", (GinConfig.CHIRALITY_TAGS, width)
-    for layer in range(config.layers):
-        yield f"gnns.{layer}.mlp.0.weight", (2 * width, width)
-        yield f"gnns.{layer}.mlp.0.bias", (2 * width,)
-        yield f"gnns.{layer}.mlp.2.weight", (width, 2 * width)
-        yield f"gnns.{layer}.mlp.2.bias", (width,)
-        yield f"gnns.{layer}.edge_embedding1.weight", (BOND_TYPES, width)
-        yield f"gnns.{layer}.edge_embedding2.weight", (BOND_DIRECTIONS, width)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            yield f"batch_norms.{layer}.{part}", (width,)
-
-
-def _projection_tensors(configs: Configs) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _encoder_tensors(configs: Configs) -> Iterator[Expected]:
     hidden = configs.llama.hidden_size
-    for name, width in (("proj_mol", configs.gin.width), ("proj_prot", configs.esm.hidden_size)):
-        yield f"{name}.weight", (hidden, width)
-        yield f"{name}.bias", (hidden,)
+    if configs.esm is not None:
+        yield from _under(PROTEIN, esm_tensors(configs.esm))
+    if configs.gin is not None:
+        yield from _under(MOLECULE, gin_tensors(configs.gin))
+        yield from _projection_tensors("proj_mol", configs.gin.width, hidden)
+    if configs.esm is not None:
+        yield from _projection_tensors("proj_prot", configs.esm.hidden_size, hidden)
 
 
-def _check_tokenizer(path: Path, config: LlamaConfig) -> None:
-    """The ids that a tokenizer gives are rows of the vocabulary matrix; another one's would be read without a sign."""
-    try:
-        pieces = len(Tokenizer(path))
-    except BundleCorruptError as error:
-        raise ModelConfigError(f"{path} cannot be used: {error.message}", remedy=error.remedy) from error
-    if pieces != config.vocabulary:
-        raise ModelConfigError(
-            f"{path} has {pieces:,} pieces, and the configuration a vocabulary of {config.vocabulary:,}.",
-            seen=pieces,
-            limit=config.vocabulary,
-            remedy="Use the tokenizer.model that came with the weights.",
-        )
+def _projection_tensors(name: str, width: int, hidden: int) -> Iterator[Expected]:
+    yield f"{name}.weight", (hidden, width)
+    yield f"{name}.bias", (hidden,)
+
+
+def _under(prefix: str, tensors: Iterator[Expected]) -> Iterator[Expected]:
+    return ((prefix + name, shape) for name, shape in tensors)
 
 
 def _check_protein_alphabet(path: Path, config: EsmConfig) -> None:

@@ -46,8 +46,15 @@ class ImportedWeights:
         self._otherwise = otherwise
         self._sources = sources
         for key in self._quantized:
-            columns = checkpoint.shape(key)[1]
-            _block_size(columns, checkpoint.config.columns_per_group(columns))
+            self.block_size(checkpoint.shape(key)[1])
+
+    def block_size(self, columns: int) -> int:
+        """In which groups a matrix with so many columns is stored.
+
+        Raises:
+            CheckpointError: that of the checkpoint fits no block.
+        """
+        return _block_size(columns, self._checkpoint.config.columns_per_group(columns))
 
     def quantize(self, key: str, weight: torch.Tensor) -> Int4Weight:
         """See :class:`WeightQuantizer`.
