@@ -221,11 +221,12 @@ class _Choices:
                 limit="int4",
                 remedy="Export with precision int4, or export the original weights.",
             )
-        if imported and options.quantizer is not None and not self._quantized_here:
+        if options.quantizer is not None and not self._quantized_here:
+            why = "the checkpoint is quantized" if imported else "no part is to be stored in int4"
             raise ExportError(
-                f"the quantizer {options.quantizer} was asked for, and the checkpoint is quantized.",
+                f"the quantizer {options.quantizer} was asked for, and {why}.",
                 seen=options.quantizer,
-                remedy="Leave it out: what the checkpoint has quantized is stored as it is.",
+                remedy="Leave it out.",
             )
         if options.calibration is not None and not self.gptq_parts:
             raise ExportError(

@@ -24,7 +24,8 @@ from biomedgpt_export.families.biomedgpt_10b import Layout
 
 
 def export(checkpoint: Path, out: Path, precision: str = "fp32") -> None:
-    options = ExportOptions(Layout.locate(checkpoint), out, precision, "rtn", proof="none")  # type: ignore[arg-type]
+    quantizer = "rtn" if precision == "int4" else None
+    options = ExportOptions(Layout.locate(checkpoint), out, precision, quantizer, proof="none")  # type: ignore[arg-type]
     export_bundle(options, lambda line: None)
 
 

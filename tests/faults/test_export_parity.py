@@ -25,7 +25,8 @@ Patch = pytest.MonkeyPatch
 
 
 def export(checkpoint: Path, out: Path, precision: str) -> None:
-    options = ExportOptions(Layout.locate(checkpoint), out, precision, "rtn", proof="none")  # type: ignore[arg-type]
+    quantizer = "rtn" if precision == "int4" else None
+    options = ExportOptions(Layout.locate(checkpoint), out, precision, quantizer, proof="none")  # type: ignore[arg-type]
     export_bundle(options, lambda line: None)
 
 

@@ -35,7 +35,8 @@ QUESTIONS = (
 
 def export(layout: Layout, out: Path, **options: Any) -> list[str]:
     lines: list[str] = []
-    export_bundle(ExportOptions(layout, out, **{"proof": "none", "quantizer": "rtn", **options}), lines.append)
+    quantizer = "rtn" if options.get("precision", "int4") == "int4" else None
+    export_bundle(ExportOptions(layout, out, **{"proof": "none", "quantizer": quantizer, **options}), lines.append)
     return lines
 
 

@@ -20,7 +20,9 @@ SEQUENCE = "MAKEDTLEFPGVVKELLPNATFRVELDNGHELIAVMAGKMRKNRIRVLAGDKVQVEMTPYDLSKGRIN
 
 
 def export(checkpoint: Path, out: Path, **options: Any) -> Bundle:
-    export_bundle(ExportOptions(Layout.locate(checkpoint), out, **{"quantizer": "rtn", **options}), lambda line: None)
+    if "int4" in (options.get("precision", "int4"), options.get("protein_encoder")):
+        options["quantizer"] = "rtn"
+    export_bundle(ExportOptions(Layout.locate(checkpoint), out, **options), lambda line: None)
     return Bundle.open(out)
 
 
@@ -56,6 +58,13 @@ def test_embeddings_in_int8_are_half_as_large_and_within_half_a_step(
 def test_embeddings_in_int8_beside_float32_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="embeddings in int8 were asked for, and precision fp32"):
         export(tiny_checkpoint, tmp_path / "bundle", precision="fp32", embeddings="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantizer_without_anything_to_quantize_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(Layout.locate(tiny_checkpoint), tmp_path / "bundle", "fp16", "gptq")
+    with pytest.raises(ExportError, match="the quantizer gptq was asked for, and no part is to be stored in int4"):
+        export_bundle(options, lambda line: None)
     assert not list(tmp_path.iterdir())
 
 
