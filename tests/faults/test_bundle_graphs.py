@@ -24,6 +24,8 @@ from biomedgpt_edge.engine import Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
 from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, OPERATORS, ExternalTensor, read_header
 from biomedgpt_edge.ort_session import open_session
+from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.families.biomedgpt_10b import Layout
 from support import bounded_memory
 
 GRAPHS = ["decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"]
@@ -658,12 +660,17 @@ def test_an_operator_that_no_bundle_uses_is_refused_by_name(
         Bundle.open(bundle_copy)
 
 
-def test_every_operator_that_bundles_may_use_is_used_by_one(tiny_bundles: Callable[[str], Path]) -> None:
-    graphs = ("decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx")
+def test_every_operator_that_bundles_may_use_is_used_by_one(
+    tiny_bundles: Callable[[str], Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    layout = Layout.locate(tiny_checkpoint)
+    export_bundle(ExportOptions(layout, tmp_path / "int8", "fp16", protein_encoder="int8", proof="none"), print)
     used = {
-        operator for precision in ("fp32", "int4") for name in graphs
-        for operator in read_header(tiny_bundles(precision) / name).operators
-    }  # fmt: skip
+        operator
+        for bundle in (tiny_bundles("fp32"), tiny_bundles("int4"), tmp_path / "int8")
+        for graph in bundle.glob("*.onnx")
+        for operator in read_header(graph).operators
+    }
     assert used == OPERATORS
 
 
