@@ -72,7 +72,7 @@ def _facts(facts: dict[str, object], indent: str) -> list[str]:
     lines = []
     for key, value in facts.items():
         if isinstance(value, dict) and all(isinstance(inner, (int, float)) for inner in value.values()):
-            lines.append(f"{indent}{key}: " + ", ".join(f"{name} {number}" for name, number in value.items()))
+            lines.append(f"{indent}{key}: " + (", ".join(f"{name} {inner}" for name, inner in value.items()) or "none"))
         elif isinstance(value, dict):
             lines += [f"{indent}{key}", *_facts(value, indent + "  ")]
         elif isinstance(value, list):
