@@ -278,6 +278,7 @@ py::dict cpu_features() {
     features["amx"] = cpu.amx;
     features["amx_bf16"] = cpu.amx_bf16;
     features["neon"] = cpu.neon;
+    features["neon_fp16"] = cpu.neon_fp16;
     features["neon_bf16"] = cpu.neon_bf16;
     return features;
 }

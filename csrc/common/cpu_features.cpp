@@ -50,6 +50,7 @@ CpuFeatures detect() {
 #elif defined(__aarch64__)
     found.neon = true;  // part of the base architecture
 #if defined(__linux__)
+    found.neon_fp16 = (getauxval(AT_HWCAP) & 1ul << 23) != 0;   // HWCAP_ASIMDFHM
     found.neon_bf16 = (getauxval(AT_HWCAP2) & 1ul << 14) != 0;  // HWCAP2_BF16
 #endif
 #endif

@@ -12,6 +12,7 @@ struct CpuFeatures {
     bool amx = false;          // tiles of bfloat16, whether or not the system lets a process use them
     bool amx_bf16 = false;     // tiles of bfloat16, granted to this process by the system
     bool neon = false;
+    bool neon_fp16 = false;  // FMLAL
     bool neon_bf16 = false;  // BFDOT
 };
 

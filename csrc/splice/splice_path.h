@@ -93,6 +93,9 @@ extern const SplicePath kSpliceAmxBf16;
 #if defined(BIOMEDGPT_HAVE_NEON)
 extern const SplicePath kSpliceNeon;
 #endif
+#if defined(BIOMEDGPT_HAVE_NEON_FP16)
+extern const SplicePath kSpliceNeonFp16;
+#endif
 #if defined(BIOMEDGPT_HAVE_NEON_BF16)
 extern const SplicePath kSpliceNeonBf16;
 #endif

@@ -18,10 +18,10 @@ def test_paths_are_best_first_and_supported() -> None:
     cpu = _native.cpu_features()
     assert paths[-1] == "portable"
     assert ("avx2" in paths) == (cpu["avx2"] and cpu["fma"] and cpu["f16c"])
-    for name in ("amx_bf16", "avx512_bf16", "avx512", "neon_bf16", "neon"):
+    for name in ("amx_bf16", "avx512_bf16", "avx512", "neon_bf16", "neon_fp16", "neon"):
         assert (name in paths) <= cpu[name]
     pairs = ("avx512", "avx512_bf16") if cpu["amx"] else ("avx512_bf16", "avx512")
-    order = ("amx_bf16", *pairs, "avx2", "neon_bf16", "neon", "portable")
+    order = ("amx_bf16", *pairs, "avx2", "neon_bf16", "neon", "neon_fp16", "portable")
     assert paths == [name for name in order if name in paths]
 
 
