@@ -12,10 +12,12 @@ import pytest
 from rdkit import Chem
 
 from biomedgpt_edge.errors import InputError, OptionError
-from biomedgpt_export.demo import answers, baselines, questions, score_table, scores
+from biomedgpt_export.demo import answers, questions
 from biomedgpt_export.demo.answers import MoleculeClaims
 from biomedgpt_export.demo.chemistry import facts
 from biomedgpt_export.demo.proteins import ProteinRecord
+from biomedgpt_export.demo.scoring import baselines, molecules, panel, scores, sections, statistics, table, wordings
+from biomedgpt_export.demo.scoring import proteins as of_proteins
 from biomedgpt_export.errors import TrainingDataError
 
 TRAINED = ["CCO", "CCCO", "CCCCO", "CC(=O)O", "c1ccccc1", "Cc1ccccc1", "Cc1ccncc1", "CCN", "CCCN", "CC(=O)NC"] * 2
@@ -36,7 +38,7 @@ def proteins(seed: int, count: int) -> list[ProteinRecord]:
     return found
 
 
-HELD_OUT = scores.HeldOut(
+HELD_OUT = panel.HeldOut(
     same_source=ASKED + UNUSABLE,
     chebi=ASKED[:2],
     well_known_shown={"ethanol": "CCO"},
@@ -44,7 +46,7 @@ HELD_OUT = scores.HeldOut(
     located=proteins(1, 9),
     structured=proteins(2, 12),
 )
-TRAINING = scores.Training(smiles=TRAINED, located=proteins(3, 40), structured=proteins(4, 40))
+TRAINING = panel.Training(smiles=TRAINED, located=proteins(3, 40), structured=proteins(4, 40))
 BY_SEQUENCE = {r.sequence: r for r in (*HELD_OUT.located, *HELD_OUT.structured)}
 KIND_OF_QUESTION = {
     text: kind
@@ -88,7 +90,7 @@ class Saying(Right):
         return self._text
 
 
-def scored(bundle: scores.Answerer, reference: scores.Answerer | None = None) -> scores.Scores:
+def scored(bundle: panel.Answerer, reference: panel.Answerer | None = None) -> scores.Scores:
     return scores.score(bundle, reference, HELD_OUT, TRAINING, lambda line: None)
 
 
@@ -97,7 +99,7 @@ def all_right() -> scores.Scores:
     return scored(Right(), Right("fp32"))
 
 
-def every_row(found: scores.Scores) -> list[scores.Row]:
+def every_row(found: scores.Scores) -> list[statistics.Row]:
     return [row for section in found.sections.values() for row in section.rows.values()]
 
 
@@ -107,7 +109,7 @@ def every_row(found: scores.Scores) -> list[scores.Row]:
 def test_right_answers_score_one_everywhere(all_right: scores.Scores) -> None:
     assert set(all_right.sections) == {
         "same_source", "chebi", "well_known_shown", "well_known_held_out", "location", "location_low_identity",
-        "structure", "wordings", "refusals",
+        "structure", "wordings", "refusals", "together",
     }  # fmt: skip
     assert {row.bundle.value for row in every_row(all_right)} == {1.0}
     assert {row.fp32.value for row in every_row(all_right) if row.fp32} == {1.0}
@@ -116,8 +118,8 @@ def test_right_answers_score_one_everywhere(all_right: scores.Scores) -> None:
 
 def test_every_field_of_a_molecule_is_scored(all_right: scores.Scores) -> None:
     claimed = {one.name for one in dataclasses.fields(MoleculeClaims)}
-    assert set(scores.EXACT_FIELDS.values()) == claimed
-    assert set(all_right.sections["chebi"].rows) == {*scores.EXACT_FIELDS, scores.GROUP_F1}
+    assert set(molecules.EXACT_FIELDS.values()) == claimed
+    assert set(all_right.sections["chebi"].rows) == {*molecules.EXACT_FIELDS, molecules.GROUP_F1}
 
 
 @pytest.mark.parametrize("text", ["", "Nothing to say.", "It is an animal."])
@@ -125,7 +127,7 @@ def test_answers_without_a_field_are_wrong_there(text: str) -> None:
     found = scored(Saying(text))
     assert {row.bundle.value for row in every_row(found)} == {0.0}
     assert found.sections["well_known_held_out"].misses == [
-        f"{name}: {', '.join(scores.EXACT_FIELDS)}" for name in HELD_OUT.well_known_held_out
+        f"{name}: {', '.join(molecules.EXACT_FIELDS)}" for name in HELD_OUT.well_known_held_out
     ]
 
 
@@ -169,12 +171,12 @@ def test_a_sentence_too_many_makes_every_field_wrong() -> None:
 def test_shares_are_those_of_the_residues_that_are_read() -> None:
     long = ProteinRecord("A" * 2000, structure="H" * 511 + "C" * 511 + "E" * 978)
     assert long.shares == (0.5, 0.0)
-    panel = scores.Panel(
+    asked = panel.Panel(
         Saying("This protein is mixed, with about 60 percent helix and 20 percent strand."),
         None,
-        scores.Progress(9, lambda line: None),
+        panel.Progress(9, lambda line: None),
     )
-    rows = scores.structure_section(panel, [long], TRAINING.structured).rows
+    rows = of_proteins.structure_section(asked, [long], TRAINING.structured).section.rows
     assert [rows[f"{name}_within_ten"].bundle.value for name in ("helix", "strand")] == [1.0, 0.0]
     # Half of the training proteins are all helix, half all strand.
     assert [rows[f"{name}_within_ten"].commonest for name in ("helix", "strand")] == [1.0, 0.0]
@@ -182,12 +184,14 @@ def test_shares_are_those_of_the_residues_that_are_read() -> None:
 
 def test_membrane_is_scored_where_it_is_known() -> None:
     some = [dataclasses.replace(one, membrane="U") if i else one for i, one in enumerate(HELD_OUT.located)]
-    panel = scores.Panel(Right(), None, scores.Progress(9, lambda line: None))
-    row = scores.location_sections(panel, dataclasses.replace(HELD_OUT, located=some), TRAINING)["location"].rows
-    assert row["membrane"].bundle == scores.wilson(1.0, 1)
+    asked = panel.Panel(Right(), None, panel.Progress(9, lambda line: None))
+    row = of_proteins.location_sections(asked, dataclasses.replace(HELD_OUT, located=some), TRAINING)[
+        "location"
+    ].section.rows
+    assert row["membrane"].bundle == statistics.wilson(1.0, 1)
     assert (row["membrane"].commonest, row["membrane"].baseline) == (1.0, 1.0)
     none = dataclasses.replace(HELD_OUT, located=some[1:])
-    assert set(scores.location_sections(panel, none, TRAINING)["location"].rows) == {"accuracy"}
+    assert set(of_proteins.location_sections(asked, none, TRAINING)["location"].section.rows) == {"accuracy"}
 
 
 def test_what_cannot_be_read_is_counted_and_said(all_right: scores.Scores) -> None:
@@ -197,7 +201,7 @@ def test_what_cannot_be_read_is_counted_and_said(all_right: scores.Scores) -> No
     assert sum(section.left_out.values()) == len(UNUSABLE)
     assert section.left_out["unreadable"] == 1
     assert "same_source: 1 left out: unreadable" in lines
-    assert "Left out of 6 held-out molecules of the training sources: 1 (unreadable)." in score_table.table(all_right)
+    assert "Left out of 6 held-out molecules of the training sources: 1 (unreadable)." in table.table(all_right)
 
 
 def test_what_the_runtime_refuses_is_wrong() -> None:
@@ -208,15 +212,15 @@ def test_what_the_runtime_refuses_is_wrong() -> None:
             return super().ask(*questions, smiles=smiles, sequence=sequence)
 
     held_out = dataclasses.replace(HELD_OUT, chebi=["ClCCl", "CCO"])
-    panel = scores.Panel(Strict(), None, scores.Progress(9, lambda line: None))
-    section = scores.MoleculeScorer(panel, TRAINED).section(held_out.chebi)
+    asked = panel.Panel(Strict(), None, panel.Progress(9, lambda line: None))
+    section = molecules.MoleculeScorer(asked, TRAINED).section(held_out.chebi).section
     assert (section.count, section.left_out) == (2, {})
     assert {row.bundle.value for name, row in section.rows.items() if name != "group_f1"} == {0.5}
 
 
 def test_a_set_of_nothing_usable_has_no_rows() -> None:
-    panel = scores.Panel(Right(), None, scores.Progress(9, lambda line: None))
-    section = scores.MoleculeScorer(panel, TRAINED).section(UNUSABLE)
+    asked = panel.Panel(Right(), None, panel.Progress(9, lambda line: None))
+    section = molecules.MoleculeScorer(asked, TRAINED).section(UNUSABLE).section
     assert (section.count, section.rows) == (0, {})
 
 
@@ -227,7 +231,7 @@ def test_both_bundles_are_asked_the_same() -> None:
 
 
 def test_follow_ups_come_second_and_ask_for_something_else() -> None:
-    follow_ups = scores.wordings()["follow_up"]
+    follow_ups = wordings.wordings()["follow_up"]
     assert {one.kind for one in follow_ups} == set(questions.HELD_OUT_FOLLOW_UPS)
     assert all(len(one.before) == 1 and KIND_OF_QUESTION[one.before[0]] != one.kind for one in follow_ups)
 
@@ -241,17 +245,33 @@ def test_wrong_kinds_are_listed() -> None:
     assert section.rows["molecule"].bundle.value == 1.0
     assert section.rows["follow_up"].bundle.value == 0.0
     text = questions.HELD_OUT_FOLLOW_UPS["formula"][0]
-    assert f"{text} (formula): describe ×{scores.WORDING_INPUTS}" in section.misses
+    assert f"{text} (formula): describe ×{wordings.WORDING_INPUTS}" in section.misses
+
+
+def test_everything_held_out_is_counted_once_together(all_right: scores.Scores) -> None:
+    parts = ("same_source", "chebi", "well_known_held_out", "location", "structure")
+    found = all_right.sections["together"]
+    assert found.count == sum(all_right.sections[name].count for name in parts)
+    assert [all_right.sections[name].count for name in parts] == [5, 2, 2, 9, 12]
+    # Donors wrong in some of nine answers with ten fields, beside nine with one field and twelve with three.
+    partly = scored(Changing("no hydrogen bond donors", "two hydrogen bond donors"), Right("fp32")).sections
+    missed = sum(partly[name].count * (1 - partly[name].rows["donors"].bundle.value) for name in parts[:3])
+    wrong = partly["together"].rows["fields"]
+    assert 0 < missed < 9
+    assert wrong.bundle.value == pytest.approx(1 - missed / (9 * 10 + 9 + 12 * 3), abs=1e-4)
+    assert wrong.over_fp32 is not None
+    assert wrong.over_fp32.value == pytest.approx(wrong.bundle.value - 1)
+    assert wrong.over_fp32.low < wrong.over_fp32.value < wrong.over_fp32.high
 
 
 @pytest.mark.parametrize("changes", [{"same_source": UNUSABLE}, {"located": [], "structured": []}])
 def test_nothing_to_ask_about_is_refused(changes: dict[str, list[str]]) -> None:
     with pytest.raises(TrainingDataError, match="nothing is held out"):
-        scores.wording_subjects(dataclasses.replace(HELD_OUT, **changes))
+        wordings.wording_subjects(dataclasses.replace(HELD_OUT, **changes))
 
 
 def test_structured_proteins_are_sampled_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "STRUCTURED_PROTEINS", 5)
+    monkeypatch.setattr(of_proteins, "STRUCTURED_PROTEINS", 5)
     one, other = (scored(Right()).sections["structure"] for _ in range(2))
     assert one.count == 5
     assert one == other
@@ -259,16 +279,16 @@ def test_structured_proteins_are_sampled_the_same_each_time(monkeypatch: pytest.
 
 def test_proteins_like_training_ones_are_not_of_low_identity() -> None:
     like = dataclasses.replace(HELD_OUT, located=[*HELD_OUT.located[:2], TRAINING.located[0]])
-    panel = scores.Panel(Saying("?"), None, scores.Progress(9, lambda line: None))
-    sections = scores.location_sections(panel, like, TRAINING)
-    assert sections["location"].count == 3
-    assert sections["location_low_identity"].count < 3
+    asked = panel.Panel(Saying("?"), None, panel.Progress(9, lambda line: None))
+    found = of_proteins.location_sections(asked, like, TRAINING)
+    assert found["location"].section.count == 3
+    assert found["location_low_identity"].section.count < 3
 
 
 def test_low_identity_is_to_structured_training_proteins_too() -> None:
     like = dataclasses.replace(HELD_OUT, located=[TRAINING.structured[0]])
-    panel = scores.Panel(Saying("?"), None, scores.Progress(9, lambda line: None))
-    section = scores.location_sections(panel, like, TRAINING)["location_low_identity"]
+    asked = panel.Panel(Saying("?"), None, panel.Progress(9, lambda line: None))
+    section = of_proteins.location_sections(asked, like, TRAINING)["location_low_identity"].section
     assert (section.count, section.rows) == (0, {})
 
 
@@ -287,13 +307,13 @@ def test_a_reference_of_another_checkpoint_is_refused() -> None:
 def test_the_source_of_a_bundle_is_its_fusion_file() -> None:
     files = [SimpleNamespace(path=path, sha256=path[::-1]) for path in ("fusion", "tokenizer.model")]
     engine = SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(sources=files)))
-    assert scores.EngineAnswerer(engine).source == "noisuf"  # type: ignore[arg-type]
+    assert panel.EngineAnswerer(engine).source == "noisuf"  # type: ignore[arg-type]
 
 
 def test_progress_is_said_every_ten_seconds_and_at_the_end() -> None:
     times = iter([0.0, 4.0, 11.0, 12.0, 13.0])
     lines: list[str] = []
-    progress = scores.Progress(4, lines.append, lambda: next(times))
+    progress = panel.Progress(4, lines.append, lambda: next(times))
     for _ in range(4):
         progress.step()
     assert lines == [
@@ -313,8 +333,8 @@ def test_the_questions_announced_are_those_asked() -> None:
 # -------------------------------------------------------------------------------------------------------- intervals
 
 
-def group_f1(truth: list[MoleculeClaims], said: list[MoleculeClaims]) -> scores.Score:
-    return scores.f1_score(scores.group_counts(truth, said))
+def group_f1(truth: list[MoleculeClaims], said: list[MoleculeClaims]) -> statistics.Score:
+    return statistics.ratio_score(molecules.group_counts(truth, said))
 
 
 @pytest.mark.parametrize(
@@ -323,15 +343,15 @@ def group_f1(truth: list[MoleculeClaims], said: list[MoleculeClaims]) -> scores.
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_against_published_numbers(hits: int, count: int, low: float, high: float) -> None:
-    found = scores.wilson(hits / count, count)
+    found = statistics.wilson(hits / count, count)
     assert found.low == pytest.approx(low, abs=1e-4)
     assert found.high == pytest.approx(high, abs=1e-4)
-    mirrored = scores.wilson(1 - hits / count, count)
+    mirrored = statistics.wilson(1 - hits / count, count)
     assert (mirrored.low, mirrored.high) == (pytest.approx(1 - high, abs=2e-4), pytest.approx(1 - low, abs=2e-4))
 
 
 def test_no_trials_say_nothing() -> None:
-    assert scores.wilson(0.0, 0) == group_f1([], []) == scores.Score(0.0, 0.0, 1.0)
+    assert statistics.wilson(0.0, 0) == group_f1([], []) == statistics.Score(0.0, 0.0, 1.0)
 
 
 def test_intervals_hold_their_value_and_shrink_with_more_items() -> None:
@@ -343,7 +363,7 @@ def test_intervals_hold_their_value_and_shrink_with_more_items() -> None:
 
     widths = []
     for count in (20, 200, 2000):
-        for found in (group_f1(draw(count), draw(count)), scores.wilson(0.7, count)):
+        for found in (group_f1(draw(count), draw(count)), statistics.wilson(0.7, count)):
             assert found.low < found.value < found.high
             widths.append(found.high - found.low)
     assert widths[0] > widths[2] > widths[4]
@@ -357,26 +377,28 @@ def test_group_f1_by_hand() -> None:
     none = [MoleculeClaims(groups=frozenset())]
     assert group_f1(none, none).value == 1.0
     # Nothing wrong in 20 molecules does not mean that nothing ever is.
-    assert group_f1(truth * 10, truth * 10) == scores.wilson(1.0, 20)
+    assert group_f1(truth * 10, truth * 10) == statistics.wilson(1.0, 20)
 
 
 def test_differences_are_paired() -> None:
     rng = np.random.default_rng(1)
     one = rng.random(500) < 0.8
     other = one & (rng.random(500) < 0.9)
-    found = scores.difference(scores.shares(one.tolist()), scores.shares(other.tolist()))
+    found = statistics.difference(statistics.shares(one.tolist()), statistics.shares(other.tolist()))
     assert found.value == pytest.approx(one.mean() - other.mean(), abs=1e-4)
     assert 0 < found.low < found.value < found.high
     # The spread of a mean of paired differences, not that of two independent shares.
     half = 1.96 * (one.astype(float) - other).std() / 500**0.5
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
-    assert scores.difference(scores.shares([1, 0]), scores.shares([1, 0])) == scores.Score(0.0, 0.0, 0.0)
+    assert statistics.difference(statistics.shares([1, 0]), statistics.shares([1, 0])) == statistics.Score(
+        0.0, 0.0, 0.0
+    )
 
 
 def test_every_compared_row_has_its_differences(all_right: scores.Scores) -> None:
     for section in all_right.sections.values():
         for row in section.rows.values():
-            assert row.over_fp32 == scores.Score(0.0, 0.0, 0.0)
+            assert row.over_fp32 == statistics.Score(0.0, 0.0, 0.0)
             assert (row.over_baseline is None) == (row.baseline is None)
             if row.over_baseline is not None and row.baseline is not None:
                 assert row.over_baseline.value == pytest.approx(row.bundle.value - row.baseline, abs=2e-4)
@@ -394,11 +416,11 @@ def test_a_recorded_fp32_column_is_used_for_the_same_items_only(all_right: score
     about = json.loads(json.dumps({"scores": all_right.to_json()}))
     alone = scored(Right())
     assert alone.fp32_from == ""
-    assert "No fp32 bundle was given" in score_table.table(alone)
+    assert "No fp32 bundle was given" in table.table(alone)
     restored = scores.with_recorded_fp32(alone, about)
     assert restored.sections == all_right.sections
     assert restored.fp32_from == "manifest"
-    assert "recorded when the bundle was made" in score_table.table(restored)
+    assert "recorded when the bundle was made" in table.table(restored)
     about["scores"]["sections"]["chebi"]["items"] = "others"
     partly = scores.with_recorded_fp32(alone, about)
     assert partly.sections["chebi"].rows["rings"].fp32 is None
@@ -420,10 +442,10 @@ def test_a_manifest_without_such_scores_leaves_the_column_empty(about: dict[str,
 
 
 def test_the_table_in_markdown() -> None:
-    row = scores.Row(scores.Score(0.9876, 0.97, 1.0), scores.Score(1.0, 0.99, 1.0), 0.0, None)
-    section = scores.Section(1234, "", {"rings": row, "group_f1": row})
+    row = statistics.Row(statistics.Score(0.9876, 0.97, 1.0), statistics.Score(1.0, 0.99, 1.0), 0.0, None)
+    section = sections.Section(1234, "", {"rings": row, "group_f1": row})
     found = scores.Scores("int4", "weights", "bundle", {"chebi": section})
-    lines = score_table.table(found).splitlines()
+    lines = table.table(found).splitlines()
     assert lines[:5] == [
         "| | int4 (95 % interval) | fp32 | commonest | simple baseline |",
         "|---|---|---|---|---|",
@@ -436,13 +458,15 @@ def test_the_table_in_markdown() -> None:
 
 
 def test_differences_stand_under_the_table() -> None:
-    def section(over_baseline: float, over_fp32: float) -> scores.Section:
-        over = [scores.Score(one, one - 0.032, one + 0.031) for one in (over_baseline, over_fp32)]
-        return scores.Section(9, "", {"accuracy": scores.Row(scores.Score(0.5, 0.4, 0.6), None, None, None, *over)})
+    def section(over_baseline: float, over_fp32: float) -> sections.Section:
+        over = [statistics.Score(one, one - 0.032, one + 0.031) for one in (over_baseline, over_fp32)]
+        return sections.Section(
+            9, "", {"accuracy": statistics.Row(statistics.Score(0.5, 0.4, 0.6), None, None, None, *over)}
+        )
 
     def under(fp32: float) -> list[str]:
         sections = {"location": section(0.123, 0.0), "location_low_identity": section(-0.02, fp32)}
-        text = score_table.table(scores.Scores("int4", "weights", "bundle", sections))
+        text = table.table(scores.Scores("int4", "weights", "bundle", sections))
         return text.split("\n\n")[1].splitlines()
 
     assert under(-0.004)[:3] == [
@@ -456,7 +480,7 @@ def test_differences_stand_under_the_table() -> None:
 
 
 def test_every_row_of_the_table_has_a_name(all_right: scores.Scores) -> None:
-    rows = [line for line in score_table.table(all_right).splitlines() if line.startswith("|")]
+    rows = [line for line in table.table(all_right).splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(all_right.sections) + len(every_row(all_right))
     assert {line.count("|") for line in rows} == {6}
 

@@ -17,7 +17,7 @@ import torch
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.molecule_graph import featurize
 from biomedgpt_edge.tokenizer import Tokenizer
-from biomedgpt_export.demo import answers, commands, data, molecules, scores
+from biomedgpt_export.demo import answers, commands, data, molecules
 from biomedgpt_export.demo.__main__ import main
 from biomedgpt_export.demo.batches import IGNORE, BatchOrder, Example, assemble, example, molecule_batch
 from biomedgpt_export.demo.chemistry import facts
@@ -41,6 +41,7 @@ from biomedgpt_export.demo.protein_teacher import MEMBRANE_LABELS, PLACES
 from biomedgpt_export.demo.proteins import ProteinFacts, ProteinRecord, proteins
 from biomedgpt_export.demo.questions import WORDINGS
 from biomedgpt_export.demo.release import write_release
+from biomedgpt_export.demo.scoring import wordings
 from biomedgpt_export.demo.similarity import identity
 from biomedgpt_export.demo.tokenizer import PromptEncoder, corpus, train_tokenizer
 from biomedgpt_export.demo.train import rate_factor, train
@@ -584,8 +585,8 @@ def test_a_trained_model_is_exported_and_scored_as_it_ships(
     some = [one for one in molecules.well_known() if one.name in ("aspirin", "ethanol", "glycine")]
     monkeypatch.setattr(commands, "well_known", lambda: some)
     for name in ("HELD_OUT_WORDINGS", "HELD_OUT_FOLLOW_UPS", "HELD_OUT_OTHER"):
-        monkeypatch.setattr(scores, name, {kind: texts[:1] for kind, texts in getattr(scores, name).items()})
-    monkeypatch.setattr(scores, "WORDING_INPUTS", 1)
+        monkeypatch.setattr(wordings, name, {kind: texts[:1] for kind, texts in getattr(wordings, name).items()})
+    monkeypatch.setattr(wordings, "WORDING_INPUTS", 1)
     checkpoint = tmp_path / "checkpoint"
     setup = options(folder, checkpoint, steps=2)
     run = train(setup, lambda line: None)

@@ -21,8 +21,9 @@ from .molecules import prepared_molecules, well_known
 from .proteins import proteins
 from .questions import WORDINGS
 from .release import RECORD, read_record, write_record, write_release
-from .score_table import table
-from .scores import EngineAnswerer, HeldOut, Training, score, with_recorded_fp32
+from .scoring.panel import EngineAnswerer, HeldOut, Training
+from .scoring.scores import score, with_recorded_fp32
+from .scoring.table import table
 from .train import Run, tokenizer_file, train
 from .trainer import TrainOptions
 

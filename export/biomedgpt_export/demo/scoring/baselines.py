@@ -21,10 +21,10 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..errors import TrainingDataError
-from .answers import MoleculeClaims, claims_of
-from .chemistry import facts, neutral_form
-from .protein_teacher import AMINO_ACIDS
+from ...errors import TrainingDataError
+from ..answers import MoleculeClaims, claims_of
+from ..chemistry import facts, neutral_form
+from ..protein_teacher import AMINO_ACIDS
 
 _RADIUS, _BITS = 2, 2048
 # Inverse strengths of regularisation that cross-validation chooses from, and its parts.

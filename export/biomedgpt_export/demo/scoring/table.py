@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .scores import COMMONEST_OF, LOW_IDENTITY, Row, Score, Scores
+from .molecules import COMMONEST_OF
+from .proteins import LOW_IDENTITY
+from .scores import Scores
+from .statistics import Row, Score
 
 _HEADINGS = {
     "same_source": "held-out molecules of the training sources",
@@ -14,6 +17,7 @@ _HEADINGS = {
     "structure": "held-out proteins with a known structure",
     "wordings": "held-out wordings, kind of answer",
     "refusals": "held-out questions without an answer here, declined",
+    "together": "held-out questions about molecules and proteins together",
 }
 _LABELS = {
     "size": "size class", "parts": "unconnected parts", "heavy_atoms": "heavy atoms",
@@ -23,7 +27,7 @@ _LABELS = {
     "accuracy": "right", "membrane": "membrane or soluble protein, where known",
     "helix_within_ten": "percent helix, within ten", "strand_within_ten": "percent strand, within ten",
     "molecule": "with a molecule", "protein": "with a protein", "follow_up": "as a second turn",
-    "nothing": "without an input",
+    "nothing": "without an input", "fields": "fields of the answers",
 }  # fmt: skip
 _FP32_NOTES = {
     "bundle": "",
