@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -458,8 +459,12 @@ def test_the_rate_warms_up_and_ends_at_zero() -> None:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     whole = train(options(folder, tmp_path / "whole"), lambda line: None)
+    began, spent = time.process_time(), [0.0]
     for pause in (1, 5, None):
         parts = train(options(folder, tmp_path / "parts"), lambda line: None, stop_after=pause)
+        spent.append(parts.progress.processor_seconds)
+    assert spent == sorted(set(spent))
+    assert spent[-1] <= time.process_time() - began
     assert parts.progress.plan == whole.progress.plan == {"gin": 2, "esm": 6, "joint": 5, "everyday": 1}
     for (name, one), other in zip(
         whole.trainer.model.state_dict().items(), parts.trainer.model.state_dict().values(), strict=True

@@ -131,6 +131,7 @@ def training_record(run: Run, options: TrainOptions) -> dict[str, Any]:
         "training": {
             "seed": options.seed,
             "minutes": round(run.progress.seconds / 60, 1),
+            "processor_minutes": round(run.progress.processor_seconds / 60, 1),
             "steps": run.progress.plan,
             "threads": options.threads,
             "device": options.device,

@@ -45,6 +45,7 @@ class Progress:
     stage: str = STAGES[0]
     step: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     peak_gib: float = 0.0
 
     @property
@@ -102,7 +103,12 @@ class Run:
         self.state_file = trainer.options.out / "state" / STATE
         self.saved_optimizers: list[dict[str, Any]] | None = None
         self.steps_before = 0
+        self._count_from(progress)
+
+    def _count_from(self, progress: Progress) -> None:
         self._began = time.perf_counter() - progress.seconds
+        # Of all threads: unlike the time that passes, it says little about what else the machine was doing.
+        self._processor_began = time.process_time() - progress.processor_seconds
 
     def resume(self) -> bool:
         """Takes up the last saved state; False if there is none.
@@ -133,7 +139,7 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.saved_optimizers = state["optimizers"]
         self.steps_before = self.progress.done
-        self._began = time.perf_counter() - self.progress.seconds
+        self._count_from(self.progress)
         return True
 
     def _settings(self) -> dict[str, Any]:
@@ -151,6 +157,7 @@ class Run:
     def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Writes weights, optimizers and progress; the old state stays until the new one is whole."""
         self.progress.seconds = time.perf_counter() - self._began
+        self.progress.processor_seconds = time.process_time() - self._processor_began
         self.progress.peak_gib = max(self.progress.peak_gib, _peak_gib())
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         staging = self.state_file.with_suffix(".tmp")
