@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from biomedgpt_edge import Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.decoder.base import DecoderState
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
 from biomedgpt_edge.manifest import FileEntry
@@ -69,9 +70,9 @@ class Source:
                 raise TypeError("the source model has no encoder for what the bundle has encoded")
         return np.asarray(torch.cat(parts).numpy())
 
-    def logits(self, embeddings: Array) -> Array:
-        """Logits at every position, float32 ``[T, rows]``."""
-        return np.asarray(self.llama.logits(torch.from_numpy(embeddings)).numpy())
+    def logits(self, prompts: Sequence[Array]) -> list[Array]:
+        """Logits at every position of each prompt's embeddings, float32 ``[T, rows]``."""
+        return [np.asarray(rows.numpy()) for rows in self.llama.logits([torch.from_numpy(rows) for rows in prompts])]
 
     def _project(self, name: str, features: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights(f"{name}.weight").float(), self.weights(f"{name}.bias").float()
@@ -118,20 +119,46 @@ def measure(
     return result
 
 
+@dataclasses.dataclass(frozen=True)
+class _Exported:
+    """What the graphs make of a prompt: logits at all its positions, and at the last ones again by the KV cache."""
+
+    prompt: PreparedPrompt
+    logits: Array
+    stepped: Array
+
+
 def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    decoder = OnnxDecoder(bundle, threads=threads)
-    engine = Engine(bundle, decoder, threads=threads, allow_16bit=False)
-    for name, prompt in _prompts(engine).items():
-        report(f"parity with the source modules: {name}")
-        exported = _exported_logits(decoder, prompt.embeddings)
-        expected = source.logits(prompt.embeddings)
-        figures[name] = {
-            "embeddings": _difference(prompt.embeddings, source.embeddings(prompt)),
-            "logits": _difference(exported, expected),
-            "cached_logits": _difference(_stepped_logits(decoder, prompt), expected[-_STEPS:]),
+    report("parity with the source modules: the exported graphs")
+    exported = _exported(bundle, threads)
+    report("parity with the source modules: the source")
+    expected = source.logits([one.prompt.embeddings for one in exported.values()])
+    return {
+        name: {
+            "embeddings": _difference(one.prompt.embeddings, source.embeddings(one.prompt)),
+            "logits": _difference(one.logits, rows),
+            "cached_logits": _difference(one.stepped, rows[-_STEPS:]),
         }
-    return figures
+        for (name, one), rows in zip(exported.items(), expected, strict=True)
+    }
+
+
+def _exported(bundle: Bundle, threads: int) -> dict[str, _Exported]:
+    """By kind of prompt. Encoders, decoder and, after them, the source modules are in memory one at a time."""
+    with Engine(bundle, _NoDecoder(), threads=threads, allow_16bit=False) as engine:
+        prompts = _prompts(engine)
+    decoder = OnnxDecoder(bundle, threads=threads)
+    return {
+        name: _Exported(prompt, _exported_logits(decoder, prompt.embeddings), _stepped_logits(decoder, prompt))
+        for name, prompt in prompts.items()
+    }
+
+
+class _NoDecoder:
+    """Where an engine is to prepare prompts and no more."""
+
+    def open(self, capacity: int) -> DecoderState:
+        raise TypeError("an engine that was to prepare prompts was asked for tokens")
 
 
 def _prompts(engine: Engine) -> dict[str, PreparedPrompt]:

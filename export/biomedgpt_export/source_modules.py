@@ -5,7 +5,7 @@ Weights are loaded layer by layer into one layer's memory, so that a model of an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import transformers
@@ -38,10 +38,12 @@ class SourceLlama:
         self._model.config.num_hidden_layers = config.layers
 
     @torch.inference_mode()
-    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Logits float32 ``[T, rows]`` of a prompt float32 ``[T, hidden]``."""
-        logits: torch.Tensor = self._model(inputs_embeds=embeddings.unsqueeze(0), use_cache=False).logits[0]
-        return logits
+    def logits(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits float32 ``[T, rows]`` of each prompt float32 ``[T, hidden]``; weights are loaded once for all."""
+        # Zeros behind a prompt are nothing that its positions look at.
+        padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        logits = self._model(inputs_embeds=padded, use_cache=False).logits
+        return [rows[: len(prompt)] for rows, prompt in zip(logits, prompts, strict=True)]
 
 
 class SourceEsm:

@@ -63,7 +63,7 @@ def test_the_figures_are_what_they_are_called(model: StreamedModel, tiny_bundle:
         text = Text(example, answer)
         tokens = torch.from_numpy(np.concatenate([ids[0], answer]))
         span = slice(len(ids[0]) - 1, len(tokens) - 1)
-        p = llama.logits(table_rows[tokens])[span].double().softmax(1)
+        p = llama.logits([table_rows[tokens]])[0][span].double().softmax(1)
         q = torch.from_numpy(next(iter(side.logits([text])))).double().softmax(1)
         kl.append((p * (p / q).log()).sum(1))
         agreed.append(p.argmax(1) == q.argmax(1))

@@ -46,8 +46,10 @@ def test_llama(config: LlamaConfig) -> None:
     (head,) = ExactStep(weights)([model.head()], hidden)
     logits = head(model.normed(hidden))
     source = SourceLlama(config, config.vocabulary, weights, lambda text: None)
-    expected = torch.cat([source.logits(one) for one in embeddings.split(list(LENGTHS))])
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    alone = [source.logits([one])[0] for one in embeddings.split(list(LENGTHS))]
+    together = source.logits(embeddings.split(list(LENGTHS)))
+    for expected in (alone, together):
+        torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", [ESM, replace(ESM, token_dropout=False)], ids=["token dropout", "plain"])

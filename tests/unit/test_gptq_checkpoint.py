@@ -319,7 +319,7 @@ def test_a_decoder_computes_with_the_checkpoints_own_weights(tmp_path: Path, nam
             lambda line: None,
         )
         embeddings = checkpoint.tensor("model.embed_tokens.weight").float()
-        expected = source.logits(embeddings).numpy()
+        expected = source.logits([embeddings])[0].numpy()
     session = ort.InferenceSession(str(graph.path), providers=["CPUExecutionProvider"])
     steps = len(embeddings)
     cache = np.zeros((1, config.kv_heads, steps, config.head_size), np.float32)
