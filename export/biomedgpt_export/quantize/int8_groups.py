@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from .int4 import group_size_for, grouped
+from .int4 import group_bytes, group_size_for, grouped
 from .int8 import QMAX
 
 ZERO_POINT = 128
@@ -57,6 +57,11 @@ def nearest_int8_groups(weight: torch.Tensor) -> Int8GroupWeight:
     divisor = torch.where(scales == 0, torch.ones_like(scales), scales).float()
     values = (groups / divisor.unsqueeze(-1)).round().clamp(-QMAX, QMAX)
     return Int8GroupWeight((values + ZERO_POINT).to(torch.uint8), scales, columns, group_size)
+
+
+def stored_bytes(name: str, rows: int, columns: int) -> int:
+    """What :func:`nearest_int8_groups` makes of a matrix of that size, whatever its name."""
+    return group_bytes(rows, columns, group_size_for(columns), Int8GroupWeight.bits)
 
 
 def _not_smaller(scales: torch.Tensor) -> torch.Tensor:
