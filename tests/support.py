@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -16,3 +19,16 @@ def bounded_memory(limit: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
+
+
+def bytes_of_linears(graph: Path) -> int:
+    """Matrices of a graph, packed or not, with their scales, zero points and orders."""
+    import onnx
+
+    tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
+    linear = re.compile(r"(layers\..*|lm_head)\.(weight|weight_int4|weight_int8|scales|zero_points|order)")
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in tensors
+        if linear.fullmatch(tensor.name) and "norm" not in tensor.name
+    )

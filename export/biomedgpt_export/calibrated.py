@@ -26,14 +26,17 @@ def quantize_model(
     journal: Journal,
     options: GptqOptions,
     report: Report,
+    *,
+    head: bool = True,
 ) -> None:
-    """Fills the journal with the matrices of the protein encoder and of the decoder, its head among them.
+    """Fills the journal with the matrices of the protein encoder and of the decoder.
 
     Calibration has soft tokens in it: they differ from word embeddings in scale, and text alone would not do for them.
 
     Args:
         model: computes with the checkpoint's matrices, which are quantized on the way.
         parts: which of the two; the other computes with the checkpoint's matrices.
+        head: whether the decoder's head is quantized, too.
 
     Raises:
         CalibrationError: no example has a protein, or one is longer than the decoder's context.
@@ -54,7 +57,8 @@ def quantize_model(
     report(f"calibrating the decoder on {len(lengths)} prompts, {sum(lengths)} positions")
     llama, weights = model.decoder()
     hidden = layerwise.layers(DECODER_PART, llama, weights, torch.cat(rows), lengths)
-    layerwise.head(DECODER_PART, llama, weights, llama.normed(hidden))
+    if head:
+        layerwise.head(DECODER_PART, llama, weights, llama.normed(hidden))
 
 
 def _check_lengths(model: StreamedModel, texts: Sequence[Text]) -> None:

@@ -18,7 +18,7 @@ from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, expor
 from .families import LAYOUTS
 from .families.base import MODALITIES
 from .families.biomedgpt_10b import FAMILY
-from .graphs.linear import GRAPH_PRECISIONS, PRECISIONS
+from .graphs.linear import GRAPH_PRECISIONS, HEAD_PRECISIONS, PRECISIONS
 from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
 
@@ -84,6 +84,9 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         "--embeddings", choices=TABLE_PRECISIONS, default="fp16", help="of the token embeddings (default: fp16)"
     )
     parser.add_argument(
+        "--lm-head", choices=HEAD_PRECISIONS, help="of the LM head beside a decoder in int4 (default: int4)"
+    )
+    parser.add_argument(
         "--quantizer", choices=QUANTIZERS, help="how int4 values are chosen that the checkpoint lacks (default: gptq)"
     )
     parser.add_argument(
@@ -135,6 +138,7 @@ def _run_bundle(options: argparse.Namespace) -> None:
         precision=options.precision,
         protein_encoder=options.protein_encoder,
         embeddings=options.embeddings,
+        lm_head=options.lm_head,
         quantizer=options.quantizer,
         calibration=options.calibration,
         proof=options.proof,

@@ -41,12 +41,13 @@ from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
-from .graphs.linear import GraphPrecision, Linears, Precision
-from .graphs.matrices import esm_matrices, llama_matrices
+from .graphs.linear import GraphPrecision, HeadPrecision, Linears, Precision
+from .graphs.matrices import HEAD, esm_matrices, llama_matrices
 from .plan import Part, Plan, plan
+from .quantize import int8_groups
 from .quantize.gptq import GptqOptions
 from .quantize.imported import ImportedWeights
-from .quantize.int4 import ZERO_POINT, WeightQuantizer, group_size_for
+from .quantize.int4 import ZERO_POINT, WeightQuantizer
 from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
 from .quantize.layerwise import JournalQuantizer
@@ -84,6 +85,7 @@ class ExportOptions:
         max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
         protein_encoder: precision of the protein encoder's linear layers, where it is another one.
         embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
+        lm_head: precision of the LM head of int4 bundles, where it is another one; int8 is rounded to nearest.
         name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
         policy: the model's terms; left out, the family's.
@@ -99,6 +101,7 @@ class ExportOptions:
     max_kl: float | None = None
     protein_encoder: GraphPrecision | None = None
     embeddings: TablePrecision = "fp16"
+    lm_head: HeadPrecision | None = None
     name: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
@@ -221,6 +224,8 @@ class _Choices:
                 limit="int4",
                 remedy="Export with precision int4, or export the original weights.",
             )
+        self._check_head()
+        self._require_all_used()
         if options.quantizer is not None and not self._quantized_here:
             why = "the checkpoint is quantized" if imported else "no part is to be stored in int4"
             raise ExportError(
@@ -234,6 +239,41 @@ class _Choices:
                 seen=str(options.calibration),
                 remedy="Leave them out, or quantize a checkpoint that is not quantized with precision int4 and gptq.",
             )
+
+    def _check_head(self) -> None:
+        options, quantized = self.options, self.source.quantized
+        if options.lm_head is not None and options.precision != "int4":
+            raise ExportError(
+                f"an LM head in {options.lm_head} was asked for, and precision {options.precision}.",
+                seen=options.lm_head,
+                remedy="Leave out --lm-head, or export with precision int4.",
+            )
+        keys = llama_matrices(self.source.configs.llama)[HEAD].keys
+        if options.lm_head == "int8" and quantized is not None and not set(quantized.quantized_keys()).isdisjoint(keys):
+            raise ExportError(
+                "an LM head in int8 was asked for, and the checkpoint has quantized its head to int4.",
+                seen=options.lm_head,
+                limit="int4",
+                remedy="Leave out --lm-head, or export the original weights.",
+            )
+
+    def _require_all_used(self) -> None:
+        """A matrix that the checkpoint has quantized is one that a linear layer of the decoder computes with."""
+        if self.source.quantized is None:
+            return
+        used = {key for matrix in llama_matrices(self.source.configs.llama).values() for key in matrix.keys}
+        unused = sorted(set(self.source.quantized.quantized_keys()) - used)
+        if unused:
+            raise CheckpointError(
+                f"the checkpoint has quantized {', '.join(unused)}, which a bundle does not hold in groups.",
+                seen=unused,
+                remedy="Nothing was written. Quantize the linear layers alone, or export the original weights.",
+            )
+
+    @property
+    def lm_head(self) -> HeadPrecision:
+        """Precision of the head beside a decoder in int4."""
+        return self.options.lm_head or "int4"
 
     @property
     def _quantized_here(self) -> tuple[str, ...]:
@@ -273,8 +313,12 @@ class _Choices:
         """
         options, configs, imported = self.options, self.source.configs, self.imported
         llama, esm, gin = configs.llama, configs.esm, configs.gin
-        group_size = group_size_for if imported is None else imported.block_size
-        parts = [Part(DECODER_PART, llama_matrices(llama).values(), LLM, options.precision, group_size)]
+        decoder = llama_matrices(llama)
+        head = [decoder.pop(HEAD)] if self.lm_head == "int8" else []
+        stored = None if imported is None else imported.stored_bytes
+        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, stored)]
+        if head:
+            parts.append(Part(HEAD, head, LLM, "int8", int8_groups.stored_bytes))
         if esm is not None:
             parts.append(Part(PROTEIN_PART, esm_matrices(esm).values(), PROTEIN, options.protein_precision))
         value = 4 if options.precision == "fp32" else 2
@@ -336,13 +380,15 @@ class _Export:
             "calibration": sha256_of(path),
             "gptq": asdict(gptq),
             "inputs": [kind.__name__ for kind in inputs],
+            "lm_head": self.choices.lm_head,
             "parts": list(self.choices.gptq_parts),
             "sources": {entry.path: entry.sha256 for entry in self._sources},
             "threads": options.threads,
             "torch": torch.__version__,
         }
         journal = Journal(_work_folder(options), plan)
-        quantize_model(self._streamed(), examples, self.choices.gptq_parts, journal, gptq, self.report)
+        head = self.choices.lm_head == "int4"
+        quantize_model(self._streamed(), examples, self.choices.gptq_parts, journal, gptq, self.report, head=head)
         return journal
 
     def proved(self, bundle: Bundle) -> dict[str, Any]:
@@ -379,11 +425,7 @@ class _Export:
         return StreamedModel(self.source.configs, self.weights, layout.family.template, Tokenizer(layout.tokenizer))
 
     def write_graphs(self, journal: Journal | None) -> dict[str, Linears]:
-        """The decoder and the encoders that there are; returns how the linear layers of each were stored.
-
-        Raises:
-            CheckpointError: the checkpoint has quantized a matrix that no linear layer computes with.
-        """
+        """The decoder and the encoders that there are; returns how the linear layers of each were stored."""
         precision, configs = self.options.precision, self.source.configs
         llama, esm, gin = configs.llama, configs.esm, configs.gin
         written = dict[str, Linears]()
@@ -403,11 +445,9 @@ class _Export:
                 build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
         imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
-        linears = written[DECODER] = Linears(precision, quantizer, activations="int8")
+        linears = written[DECODER] = Linears(precision, quantizer, activations="int8", lm_head=self.choices.lm_head)
         with self._graph(DECODER) as graph:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
-        if imported is not None:
-            _require_all_used(imported)
         return written
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
@@ -562,16 +602,6 @@ def _require_readable(manifest: Manifest) -> None:
         )
 
 
-def _require_all_used(imported: ImportedWeights) -> None:
-    unused = sorted(imported.unused)
-    if unused:
-        raise CheckpointError(
-            f"the checkpoint has quantized {', '.join(unused)}, which a bundle does not hold in groups.",
-            seen=unused,
-            remedy="Nothing was written. Quantize the linear layers alone, or export the original weights.",
-        )
-
-
 def _protein_spec(esm: EsmConfig) -> ProteinEncoderSpec:
     return ProteinEncoderSpec(
         PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
@@ -591,6 +621,15 @@ def _recipe(linears: Linears) -> dict[str, Any]:
             "activations": linears.activations,
             "weights_by_group_size": {str(size): count for size, count in sorted(linears.group_sizes.items())},
             "zero_padded": linears.padded,
+        }
+    if linears.int8_group_size is not None:
+        recipe["lm_head"] = {
+            "precision": "int8",
+            "quantizer": "rtn",
+            "symmetric": True,
+            "zero_point": int8_groups.ZERO_POINT,
+            "scales": "fp16",
+            "group_size": linears.int8_group_size,
         }
     return recipe
 

@@ -11,7 +11,7 @@ from .checkpoint import Checkpoint
 from .errors import ExportError
 from .graphs.linear import GraphPrecision
 from .graphs.matrices import Matrix
-from .quantize.int4 import group_size_for
+from .quantize.int4 import Int4Weight, group_bytes, group_size_for
 
 # Graph files, rotary tables, norms, biases, tokenizer and manifest: what is not counted one by one below.
 _REST = 32 * 2**20
@@ -19,13 +19,17 @@ _REST = 32 * 2**20
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the bundle: its linear layers, and how each is stored; of int4 in which groups, by its columns."""
+    """A part of the bundle: its linear layers, and how each is stored.
+
+    Attributes:
+        stored_bytes: of a layer by its name, rows and columns, where they are not those of its precision alone.
+    """
 
     name: str
     matrices: Collection[Matrix]
     prefix: str
     precision: GraphPrecision
-    group_size: Callable[[int], int] = group_size_for
+    stored_bytes: Callable[[str, int, int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,10 @@ def plan(parts: Iterable[Part], tensors: dict[str, int], checkpoint: Checkpoint,
 def _bytes(matrix: Matrix, part: Part, checkpoint: Checkpoint) -> int:
     shapes = [checkpoint.shape(part.prefix + key) for key in matrix.keys]
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+    if part.stored_bytes is not None:
+        return part.stored_bytes(matrix.name, rows, columns)
     if part.precision == "int4":
-        size = part.group_size(columns)
-        return rows * -(-columns // size) * (size // 2 + 2)
+        return group_bytes(rows, columns, group_size_for(columns), Int4Weight.bits)
     return rows * columns * {"fp32": 4, "fp16": 2, "int8": 1}[part.precision]
 
 

@@ -21,6 +21,7 @@ from .errors import ParityError
 from .families.base import LLM, MOLECULE, PROTEIN, Configs
 from .families.tensors import esm_tensors, gin_tensors, llama_tensors
 from .graphs.config import GinConfig
+from .graphs.matrices import HEAD
 from .graphs.stored import StoredWeights
 from .quantize.int4 import Int4Weight
 from .source_modules import Weights
@@ -30,7 +31,7 @@ ROUNDING_TOLERANCE = 0.75
 # The smallest fp16 scale: a group whose values are too small for it holds zeros.
 _SMALLEST_STEP = 2.0**-24
 
-_TABLE = f"{LLM}model.embed_tokens.weight"
+_TABLE, _HEAD = f"{LLM}model.embed_tokens.weight", f"{LLM}lm_head.weight"
 _FINAL_NORM = f"{PROTEIN}encoder.emb_layer_norm_after"
 _ESM_PARTS = {
     **{f"attention.self.{part}": part for part in ("query", "key", "value")},
@@ -146,20 +147,22 @@ class StoredModel:
         place = self._place(key)
         if place is None:
             raise KeyError(key)
-        found, wanted = place[0].int4(place[1]), chosen.matrix(place[1])
-        return torch.equal(found.packed, wanted.packed) and torch.equal(found.scales, wanted.scales)
+        return place[0].int4(place[1]).same_as(chosen.matrix(place[1]))
 
     def _matrices(self, configs: Configs) -> Iterator[tuple[str, str]]:
         """Part of the bundle and checkpoint key of every matrix it holds."""
         for key in self._arrays:
             yield "tensors", key
         names = [LLM + name for name, _ in llama_tensors(configs.llama, configs.rows)]
-        names += [f"{LLM}lm_head.weight"] * configs.llama.tied_head
+        names += [_HEAD] * configs.llama.tied_head
         if configs.esm is not None:
             names += [PROTEIN + name for name, _ in esm_tensors(configs.esm)]
         if configs.gin is not None:
             names += [MOLECULE + name for name, _ in gin_tensors(configs.gin)]
         parts = {LLM: "decoder", PROTEIN: "protein_encoder", MOLECULE: "molecule_encoder"}
+        if self._decoder.int8(HEAD):
+            # A part of its own, since its steps are; nothing but the nearest levels is chosen for it.
+            parts = {_HEAD: HEAD, **parts}
         for key in names:
             if self._place(key) is not None:
                 yield next(part for prefix, part in parts.items() if key.startswith(prefix)), key
@@ -191,7 +194,7 @@ class StoredModel:
 def _decoder_linear(key: str, spec: DecoderSpec) -> tuple[str, slice] | None:
     """The graph's linear layer, and the rows of it, that hold a matrix of the checkpoint."""
     if key == "lm_head.weight":
-        return "lm_head", slice(None)
+        return HEAD, slice(None)
     match = _LLAMA_LINEAR.fullmatch(key)
     if match is None:
         return None

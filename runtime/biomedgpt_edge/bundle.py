@@ -23,6 +23,7 @@ import numpy.typing as npt
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
 from .onnx_header import OPERATORS, ExternalTensor, read_header
+from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
 from .tokenizer import Tokenizer
@@ -166,7 +167,7 @@ class Bundle:
                 )
 
     def _check_graphs(self) -> None:
-        """Every external tensor lies inside a listed file, and every operator is one that bundles use."""
+        """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
         specs = (self.manifest.decoder, self.manifest.molecule_encoder, self.manifest.protein_encoder)
         for graph in [spec.graph for spec in specs if spec is not None]:
             header = read_header(self.file(graph))
@@ -178,6 +179,11 @@ class Bundle:
                     f"{graph} uses operators that no bundle needs: {', '.join(foreign)[:120]!r}.",
                     seen=[name[:80] for name in foreign[:8]],
                     remedy="Use bundles of biomedgpt-export only; a newer one may need a newer biomedgpt-edge.",
+                )
+            wrong = next(contradictions(header), None)
+            if wrong is not None:
+                raise BundleCorruptError(
+                    f"{graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
                 )
 
     def _check_reference(self, graph: str, tensor: ExternalTensor) -> None:

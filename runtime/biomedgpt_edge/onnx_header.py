@@ -2,14 +2,16 @@
 
 ONNX Runtime resolves external data by the path in the file; a hostile graph could name any path, or an address in
 memory. So every reference is checked against the manifest before a session is opened. And a graph is a program: it may
-use the operators of our own exports only, none of which loops, branches or reads files. Format: onnx.proto (ONNX 1.23)
+use the operators of our own exports only, none of which loops, branches or reads files. When a session is opened, ONNX
+Runtime reads as many weights as a MatMulNBits declares; not all of its versions look how many there are, so that this
+is compared, too (see :mod:`onnx_products`). Format: onnx.proto (ONNX 1.23)
 over the protobuf wire format; what a parser may read in two ways is refused, since ONNX Runtime's reads it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -43,8 +45,12 @@ OPERATORS = frozenset(
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     }
 )
-_NODE_OPERATOR, _NODE_DOMAIN = 4, 7
-_NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 8, 13, 14, 1
+_PRODUCT, _CAST = ("com.microsoft", "MatMulNBits"), ("", "Cast")
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
+_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3
+_DIMENSION, _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 8, 13, 14, 1
+# Of a number, protobuf keeps so many bits.
+_INTEGER = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,35 @@ class ExternalTensor:
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a graph file refers to: tensors outside it, and its operators as (domain, name)."""
+class Product:
+    """A MatMulNBits: the names of its inputs, and its attributes that are numbers."""
 
-    tensors: tuple[ExternalTensor, ...]
-    operators: frozenset[tuple[str, str]]
+    inputs: tuple[str, ...]
+    attributes: Mapping[str, int]
+
+
+@dataclass
+class Header:
+    """What a graph file refers to, wherever in it that stands.
+
+    Attributes:
+        tensors: those outside it.
+        operators: as (domain, name).
+        products: every MatMulNBits.
+        casts: by the name of what a Cast gives, that of what it reads; None where two differ.
+        shapes: of tensors by name, whether they lie outside or not; None where two differ.
+    """
+
+    tensors: list[ExternalTensor] = field(default_factory=list)
+    operators: set[tuple[str, str]] = field(default_factory=set)
+    products: list[Product] = field(default_factory=list)
+    casts: dict[str, str | None] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> int:
+        """The largest number of anything above."""
+        return max(map(len, (self.tensors, self.operators, self.products, self.casts, self.shapes)))
 
 
 def read_header(path: Path) -> Header:
@@ -77,24 +107,25 @@ def read_header(path: Path) -> Header:
             f"{path.name} has {size:,} bytes; a graph without weights has fewer than {MAX_GRAPH_BYTES:,}.",
             seen=size, limit=MAX_GRAPH_BYTES, remedy="Export the bundle again.",
         )  # fmt: skip
-    tensors: list[ExternalTensor] = []
-    operators: set[tuple[str, str]] = set()
+    header = Header()
     try:
         for message, data in _messages(memoryview(path.read_bytes()), "Model", 0):
             if message == "Node":
-                operators.add(_operator(data))
+                _add_node(header, data)
             else:
-                tensors.extend(islice(_reference(data), MAX_REFERENCES + 1 - len(tensors)))
+                _add_tensor(header, data)
+            if header.entries > MAX_REFERENCES:
+                break
     except (_MalformedError, UnicodeDecodeError) as error:
         raise BundleCorruptError(
             f"{path.name} is not an ONNX graph: {error}.", remedy="Export or copy the bundle again."
         ) from error
-    if len(tensors) > MAX_REFERENCES:
+    if header.entries > MAX_REFERENCES:
         raise BundleCorruptError(
-            f"{path.name} refers to external data in more than {MAX_REFERENCES:,} places.",
+            f"{path.name} has tensors or products in more than {MAX_REFERENCES:,} places.",
             limit=MAX_REFERENCES, remedy="Export the bundle again.",
         )  # fmt: skip
-    return Header(tuple(tensors), frozenset(operators))
+    return header
 
 
 class _MalformedError(Exception):
@@ -116,10 +147,55 @@ def _messages(data: memoryview, message: str, depth: int) -> Iterator[tuple[str,
             yield from _messages(value, child, depth + 1)
 
 
-def _operator(data: memoryview) -> tuple[str, str]:
-    texts = {number: bytes(value).decode("utf-8") for number, value in _fields(data)
-             if number in (_NODE_OPERATOR, _NODE_DOMAIN) and isinstance(value, memoryview)}  # fmt: skip
-    return texts.get(_NODE_DOMAIN, ""), texts.get(_NODE_OPERATOR, "")
+def _add_node(header: Header, data: memoryview) -> None:
+    operator = _last(data, _NODE_DOMAIN), _last(data, _NODE_OPERATOR)
+    header.operators.add(operator)
+    if operator == _PRODUCT:
+        header.products.append(Product(tuple(_texts(data, _NODE_INPUT)), _numbers(data)))
+    elif operator == _CAST:
+        given, read = _last(data, _NODE_OUTPUT), _last(data, _NODE_INPUT)
+        header.casts[given] = read if header.casts.get(given, read) == read else None
+
+
+def _texts(data: memoryview, wanted: int) -> list[str]:
+    fields = _fields(data)
+    return [bytes(value).decode("utf-8") for number, value in fields if number == wanted and not isinstance(value, int)]
+
+
+def _last(data: memoryview, wanted: int) -> str:
+    """Of a field that comes twice, protobuf keeps the last."""
+    return next(reversed(_texts(data, wanted)), "")
+
+
+def _numbers(node: memoryview) -> dict[str, int]:
+    numbers = dict[str, int]()
+    for number, value in _fields(node):
+        if number == _NODE_ATTRIBUTE and isinstance(value, memoryview):
+            name = _last(value, _ATTRIBUTE_NAME)
+            if name in numbers:
+                raise _MalformedError(f"a node has two values for '{name[:20]}'")
+            found = [v & _INTEGER for n, v in _fields(value) if n == _ATTRIBUTE_INTEGER and isinstance(v, int)]
+            numbers[name] = next(reversed(found), 0)
+    return numbers
+
+
+def _add_tensor(header: Header, data: memoryview) -> None:
+    header.tensors.extend(islice(_reference(data), MAX_REFERENCES + 1 - len(header.tensors)))
+    name, shape = _last(data, _NAME), _shape(data)
+    header.shapes[name] = shape if header.shapes.get(name, shape) == shape else None
+
+
+def _shape(data: memoryview) -> tuple[int, ...]:
+    shape = list[int]()
+    for number, value in _fields(data):
+        if number == _DIMENSION and isinstance(value, int):
+            shape.append(value & _INTEGER)
+        elif number == _DIMENSION and isinstance(value, memoryview):
+            position = 0
+            while position < len(value):
+                dimension, position = _varint(value, position)
+                shape.append(dimension & _INTEGER)
+    return tuple(shape)
 
 
 def _reference(data: memoryview) -> Iterator[ExternalTensor]:

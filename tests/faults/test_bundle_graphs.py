@@ -20,9 +20,10 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from biomedgpt_edge import Molecule
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.encoders import Encoders
-from biomedgpt_edge.engine import Engine
+from biomedgpt_edge.engine import DEMO_BUNDLE, Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
 from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, OPERATORS, ExternalTensor, read_header
+from biomedgpt_edge.onnx_products import contradictions
 from biomedgpt_edge.ort_session import open_session
 from biomedgpt_export.exporter import ExportOptions, export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
@@ -658,6 +659,99 @@ def test_an_operator_that_no_bundle_uses_is_refused_by_name(
     install(bundle_copy, graph)
     with pytest.raises(BundleCorruptError, match=f"uses operators that no bundle needs: '{named}'"):
         Bundle.open(bundle_copy)
+
+
+def head_of(graph: GraphProto) -> NodeProto:
+    return next(node for node in graph.node if node.name == "lm_head.product")
+
+
+def declare(**attributes: int) -> Callable[[GraphProto], None]:
+    def change(graph: GraphProto) -> None:
+        for attribute in head_of(graph).attribute:
+            attribute.i = attributes.get(attribute.name, attribute.i)
+
+    return change
+
+
+def declare_twice(graph: GraphProto) -> None:
+    head_of(graph).attribute.append(helper.make_attribute("N", 10**6))
+
+
+def resize(name: str, shape: list[int]) -> Callable[[GraphProto], None]:
+    def change(graph: GraphProto) -> None:
+        tensor = next(tensor for tensor in graph.initializer if tensor.name == name)
+        tensor.dims[:] = shape
+
+    return change
+
+
+def share_a_name(graph: GraphProto) -> None:
+    graph.initializer.append(
+        TensorProto(name="lm_head.scales", data_type=TensorProto.FLOAT16, dims=[1], raw_data=b"12")
+    )
+
+
+def take_other_scales(graph: GraphProto) -> None:
+    head_of(graph).input[2] = "layers.0.o_proj.scales_fp32"
+
+
+def take_scales_of_another_cast(graph: GraphProto) -> None:
+    graph.node.append(helper.make_node("Cast", ["layers.0.o_proj.scales"], ["lm_head.scales_fp32"], to=1))
+
+
+def compute_the_weights(graph: GraphProto) -> None:
+    graph.node.insert(0, helper.make_node("Identity", ["lm_head.weight_int4"], ["weights"]))
+    head_of(graph).input[1] = "weights"
+
+
+def add_zero_points(graph: GraphProto) -> None:
+    graph.initializer.append(TensorProto(name="few", data_type=TensorProto.UINT8, dims=[2], raw_data=b"12"))
+    head_of(graph).input.append("few")
+
+
+def add_a_bias(graph: GraphProto) -> None:
+    head_of(graph).input.extend(["", "", "lm_head.scales_fp32"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(declare(bits=bits) for bits in (0, 2, 3, 5, 8, 16, 2**40, -4)),
+        *(declare(N=rows) for rows in (0, -1, 1000, 1002, 10**9)),
+        *(declare(K=columns) for columns in (0, -1, 129, 10**12)),
+        *(declare(block_size=size) for size in (0, 16, 32, 64, 256, -128)),
+        declare_twice,
+        resize("lm_head.weight_int4", [1001 * 64]),
+        resize("lm_head.scales", [1]),
+        share_a_name,
+        take_other_scales,
+        take_scales_of_another_cast,
+        compute_the_weights,
+        add_zero_points,
+        add_a_bias,
+    ],
+)
+def test_a_matrix_of_another_size_than_its_product_declares_is_refused_before_a_session_is_opened(
+    bundle_copy: Path, change: Callable[[GraphProto], None]
+) -> None:
+    changed = onnx.load(str(bundle_copy / "decoder.onnx"), load_external_data=False)
+    change(changed.graph)
+    install(bundle_copy, changed, "decoder.onnx")
+    with pytest.raises(BundleCorruptError, match=r"decoder\.onnx (contradicts itself|is not an ONNX graph)"):
+        Bundle.open(bundle_copy)
+
+
+def test_bundles_of_every_precision_declare_what_they_hold(
+    tiny_checkpoint: Path, tiny_bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    layout, out = Layout.locate(tiny_checkpoint), tmp_path / "bundle"
+    export_bundle(ExportOptions(layout, out, quantizer="rtn", lm_head="int8", proof="none"), lambda line: None)
+    graphs = [DEMO_BUNDLE / "decoder.onnx", tiny_bundles("int4") / "protein_encoder.onnx", out / "decoder.onnx"]
+    for graph in graphs:
+        header = read_header(graph)
+        assert header.products
+        assert not list(contradictions(header))
+    assert {product.attributes["bits"] for product in header.products} == {4, 8}, "the last has a head in int8"
 
 
 def test_every_operator_that_bundles_may_use_is_used_by_one(

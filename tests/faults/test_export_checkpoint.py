@@ -422,12 +422,14 @@ def test_a_model_with_grouped_queries_exports(
     assert Bundle.open(tmp_path / "bundle").manifest.decoder.kv_heads == 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize(("precision", "head"), [("fp32", None), ("int4", None), ("int4", "int8")])
 def test_a_model_with_a_tied_head_exports(
-    release: Path, saved: Callable[..., Layout], tmp_path: Path, precision: str
+    release: Path, saved: Callable[..., Layout], tmp_path: Path, precision: str, head: str | None
 ) -> None:
     edit(release / TEXT, tie_word_embeddings=True)
-    export(saved({"llm.lm_head.weight": None}), tmp_path / "bundle", precision)
+    export(saved({"llm.lm_head.weight": None}), tmp_path / "bundle", precision, lm_head=head)
+    rounding = Bundle.open(tmp_path / "bundle").manifest.parity.get("rounding", {})
+    assert ("lm_head" in rounding) == (head == "int8")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])

@@ -21,6 +21,7 @@ from biomedgpt_export.errors import CalibrationError, CheckpointError, ExportErr
 from biomedgpt_export.exporter import ExportOptions, export_bundle
 from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.quantize import journal as journal_module
 
 
@@ -97,6 +98,27 @@ def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(
     assert sum("done before" in line for line in lines) == min(units, 4)
     assert contents(out) == contents(whole)
     assert not work(out).exists()
+
+
+def test_a_head_in_int8_is_left_out_of_the_work_and_another_choice_is_other_work(
+    options: ExportOptions, whole: Path, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(options, lm_head="int8")
+    undisturbed, out = tmp_path / "undisturbed" / "bundle", tmp_path / "bundle"
+    undisturbed.parent.mkdir()
+    export(options, undisturbed)
+    interrupted(options, out, 3)
+    with pytest.raises(JournalError, match="begun with another lm_head"):
+        export(options, out, lm_head="int4")
+    lines = export(options, out)
+    assert sum("done before" in line for line in lines) == 3
+    assert "decoder head" not in lines
+    assert contents(out) == contents(undisturbed)
+    # What GPTQ chose for the layers does not depend on the head.
+    four, eight = (StoredWeights(bundle / "decoder.onnx") for bundle in (whole, out))
+    assert four.int4("layers.1.down_proj").same_as(eight.int4("layers.1.down_proj"))
+    assert not four.int8("lm_head")
+    assert eight.int8("lm_head")
 
 
 # Forks a child per kill from one process that has imported everything, so that a kill falls into the export itself.

@@ -30,8 +30,11 @@ from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.base import LLM
 from biomedgpt_export.families.base import Layout as AnyLayout
 from biomedgpt_export.families.biomedgpt_lm_7b import FAMILY, Layout
+from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.quantize.int8_groups import nearest_int8_groups
 from biomedgpt_export.stored_model import StoredModel
 from biomedgpt_export.synthesize import train_tokenizer
+from support import bytes_of_linears
 
 DATA = Path(__file__).parents[1] / "data" / "gptq"
 WRITTEN_BY_GPTQMODEL = sorted(path.name for path in DATA.iterdir() if path.is_dir())
@@ -221,6 +224,9 @@ def test_what_gptqmodel_has_quantized_is_in_the_bundle_bit_for_bit(name: str, tm
     command = ["bundle", "--family", "biomedgpt-lm-7b", "--checkpoint", str(folder), "--proof", "none"]
     assert main([*command, "--out", str(tmp_path / "bundle")]) == 0
     require_imported(folder, tmp_path / "bundle")
+    # Zero points and orders among them.
+    planned = plan_bundle(ExportOptions(Layout.locate(folder), tmp_path / "again"))
+    assert planned.parts["decoder"] == bytes_of_linears(tmp_path / "bundle" / "decoder.onnx")
     manifest = Bundle.open(tmp_path / "bundle").manifest
     recipe = manifest.quantization["decoder.onnx"]
     assert (recipe["quantizer"], recipe["symmetric"]) == ("imported gptq, rtn", "asymmetric" not in name)
@@ -305,6 +311,28 @@ def test_a_plain_head_is_rounded_to_nearest(saved: Callable[..., Path], state: S
     assert 0 < Bundle.open(tmp_path / "bundle").manifest.parity["rounding"]["decoder"] < 0.5
 
 
+def test_a_plain_head_may_be_in_int8(saved: Callable[..., Path], state: State, tmp_path: Path) -> None:
+    folder = saved(gptq_state(state), GPTQ)
+    export(Layout.locate(folder), tmp_path / "bundle", lm_head="int8")
+    require_imported(folder, tmp_path / "bundle")
+    stored = StoredWeights(tmp_path / "bundle" / "decoder.onnx").linear("lm_head")
+    assert torch.equal(stored, nearest_int8_groups(state["lm_head.weight"]).dequantize())
+    rounding = Bundle.open(tmp_path / "bundle").manifest.parity["rounding"]
+    assert rounding["decoder"] == 0
+    assert 0 < rounding["lm_head"] < 0.5
+
+
+def test_a_head_that_is_quantized_already_cannot_be_in_int8(
+    saved: Callable[..., Path], state: State, tmp_path: Path
+) -> None:
+    folder = saved(gptq_state(narrow(state), also=("lm_head.weight",)), GPTQ)
+    with pytest.raises(ExportError, match="LM head in int8 was asked for, and the checkpoint has quantized") as caught:
+        export(Layout.locate(folder), tmp_path / "bundle", lm_head="int8")
+    assert caught.value.seen == "int8"
+    assert not (tmp_path / "bundle").exists()
+    plan_bundle(ExportOptions(Layout.locate(folder), tmp_path / "bundle", lm_head="int4"))
+
+
 def test_biases_that_a_tool_made_up_change_nothing(saved: Callable[..., Path], state: State, tmp_path: Path) -> None:
     made_up = {
         f"model.layers.{layer}.self_attn.{part}_proj.bias": torch.zeros(128, dtype=torch.float16)
@@ -322,14 +350,27 @@ def test_a_bias_with_values_is_no_made_up_one(saved: Callable[..., Path], state:
         export(Layout.locate(folder), tmp_path / "bundle")
 
 
-def test_a_matrix_that_no_linear_layer_computes_with_is_refused(
-    saved: Callable[..., Path], state: State, tmp_path: Path
+@pytest.mark.parametrize("family", ["biomedgpt-lm-7b", "biomedgpt-10b"])
+def test_a_matrix_that_no_linear_layer_computes_with_is_refused_before_anything_is_done(
+    tiny_checkpoint: Path,
+    saved: Callable[..., Path],
+    state: State,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
 ) -> None:
     folder = saved(gptq_state(narrow(state), also=("model.embed_tokens.weight",)), GPTQ)
-    with pytest.raises(CheckpointError, match=r"has quantized model\.embed_tokens\.weight") as caught:
-        export(Layout.locate(folder), tmp_path / "bundle")
-    assert caught.value.seen == ["model.embed_tokens.weight"]
-    assert not (tmp_path / "bundle").exists()
+    if family == "biomedgpt-10b":
+        layout: AnyLayout = biomedgpt_10b.Layout.locate(tiny_checkpoint, text=folder)
+    else:
+        layout = Layout.locate(folder)
+    monkeypatch.setattr(exporter._Export, "write_tensors", lambda self: pytest.fail("something was written"))
+    monkeypatch.setattr(exporter, "quantize_model", lambda *arguments, **more: pytest.fail("work was begun"))
+    for begin in (export_bundle, lambda options, report: plan_bundle(options)):
+        with pytest.raises(CheckpointError, match=r"has quantized model\.embed_tokens\.weight") as caught:
+            begin(ExportOptions(layout, tmp_path / "bundle"), print)
+        assert caught.value.seen == ["model.embed_tokens.weight"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +395,7 @@ def test_groups_that_a_bundle_cannot_hold_are_refused_before_the_rest_is_quantiz
     tiny_checkpoint: Path, saved: Callable[..., Path], state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.GROUP_SIZE", 8)
-    monkeypatch.setattr(exporter, "quantize_model", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr(exporter, "quantize_model", lambda *arguments, **more: pytest.fail("work was begun"))
     folder = saved(gptq_state(state), {**GPTQ, "group_size": 8})
     layout = biomedgpt_10b.Layout.locate(tiny_checkpoint, text=folder)
     with pytest.raises(CheckpointError, match="groups of 8 columns"):

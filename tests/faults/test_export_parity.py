@@ -15,19 +15,22 @@ from biomedgpt_edge.errors import BundleCorruptError
 from biomedgpt_export import exporter
 from biomedgpt_export.errors import ParityError
 from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.families.base import Modality
 from biomedgpt_export.families.biomedgpt_10b import Layout
-from biomedgpt_export.graphs import decoder, gin
+from biomedgpt_export.graphs import decoder, gin, linear
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import EsmConfig, GinConfig
 from biomedgpt_export.quantize import rtn
+from biomedgpt_export.quantize.int4 import Int4Weight
+from biomedgpt_export.quantize.int8_groups import Int8GroupWeight, nearest_int8_groups
+from biomedgpt_export.quantize.layerwise import JournalQuantizer
 
 Patch = pytest.MonkeyPatch
 
 
-def export(checkpoint: Path, out: Path, precision: str) -> None:
-    quantizer = "rtn" if precision == "int4" else None
-    options = ExportOptions(Layout.locate(checkpoint), out, precision, quantizer, proof="none")  # type: ignore[arg-type]
-    export_bundle(options, lambda line: None)
+def export(checkpoint: Path, out: Path, precision: str, **options: Any) -> None:
+    options = {"quantizer": "rtn" if precision == "int4" else None, "proof": "none", **options}
+    export_bundle(ExportOptions(Layout.locate(checkpoint), out, precision, **options), lambda line: None)  # type: ignore[arg-type]
 
 
 def with_config(patch: Patch, part: str, **changes: object) -> None:
@@ -251,3 +254,53 @@ def test_int4_values_that_are_not_those_of_the_checkpoint_are_refused(
 ) -> None:
     PACKING[mistake](monkeypatch)
     refused(tiny_checkpoint, tmp_path, "int4")
+
+
+def of_the_head(change: Callable[[Int8GroupWeight], Int8GroupWeight]) -> Callable[[torch.Tensor], Int8GroupWeight]:
+    return lambda weight: change(nearest_int8_groups(weight))
+
+
+# What goes wrong in how int8 values of the head are chosen or laid out.
+HEAD: dict[str, Callable[[torch.Tensor], Int8GroupWeight]] = {
+    "signed values": of_the_head(lambda w: dataclasses.replace(w, packed=w.packed + 128)),
+    "values off by one": of_the_head(lambda w: dataclasses.replace(w, packed=w.packed + 1)),
+    "rows shifted": of_the_head(lambda w: dataclasses.replace(w, packed=w.packed.roll(1, 0))),
+    "scales of another group": of_the_head(lambda w: dataclasses.replace(w, scales=w.scales.roll(1, 0))),
+    "negated": lambda weight: nearest_int8_groups(-weight),
+}
+
+
+@pytest.mark.parametrize("mistake", HEAD)
+def test_int8_values_of_the_head_that_are_not_those_of_the_checkpoint_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Patch, mistake: str
+) -> None:
+    monkeypatch.setattr(linear, "nearest_int8_groups", HEAD[mistake])
+    with pytest.raises(ParityError, match=r"the stored matrix 'llm\.lm_head\.weight' differs"):
+        export(tiny_checkpoint, tmp_path / "bundle", "int4", lm_head="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a graph holds beside the packed values and scales that a quantizer chose.
+BESIDE: dict[str, Callable[[Int4Weight], Int4Weight]] = {
+    "zero points": lambda w: dataclasses.replace(
+        w, zero_points=torch.full((len(w.packed), -(-w.packed.shape[1] // 2)), 0x77, dtype=torch.uint8)
+    ),
+    "order": lambda w: dataclasses.replace(w, order=torch.arange(w.columns - 1, -1, -1, dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_chosen_matrices_are_stored_without_zero_points_and_orders_that_nobody_chose(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Patch, beside: str
+) -> None:
+    real = JournalQuantizer.quantize
+    monkeypatch.setattr(JournalQuantizer, "quantize", lambda self, key, weight: BESIDE[beside](real(self, key, weight)))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "Why?", "answer": "So."}\n')
+    without: list[Modality] = ["protein", "molecule"]
+    options = ExportOptions(
+        Layout.locate(tiny_checkpoint, without=without), tmp_path / "bundle", calibration=questions, proof="none"
+    )
+    with pytest.raises(ParityError, match="is not the one that was chosen"):
+        export_bundle(options, lambda line: None)
+    assert not options.out.exists()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
 import pytest
 
 from biomedgpt_export import plan as plan_module
@@ -18,6 +15,7 @@ from biomedgpt_export.errors import ExportError
 from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.plan import Plan
+from support import bytes_of_linears
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -33,17 +31,6 @@ def test_sizes_are_those_of_the_bundle(
         assert planned.parts[part] == bytes_of_linears(written / f"{part}.onnx"), part
     assert planned.parts["embeddings"] == pytest.approx((written / "embeddings.safetensors").stat().st_size, rel=0.01)
     assert sum(path.stat().st_size for path in written.iterdir()) <= planned.bundle
-
-
-def bytes_of_linears(graph: Path) -> int:
-    """Matrices, packed or not, and their scales."""
-    tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
-    linear = re.compile(r"(layers\..*|lm_head)\.(weight_int4|scales|weight)")
-    return sum(
-        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in tensors
-        if linear.fullmatch(tensor.name) and "norm" not in tensor.name
-    )
 
 
 def test_work_of_gptq_is_counted(tiny_checkpoint: Path, tmp_path: Path) -> None:

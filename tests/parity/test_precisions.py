@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from biomedgpt_edge import Engine, Protein
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import ExportError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
-from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
+from biomedgpt_export.families.biomedgpt_10b import WEIGHTS, Layout
+from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.quantize.int8_groups import nearest_int8_groups
+from biomedgpt_export.quantize.rtn import RoundToNearest
+from support import bytes_of_linears
 
 SEQUENCE = "MAKEDTLEFPGVVKELLPNATFRVELDNGHELIAVMAGKMRKNRIRVLAGDKVQVEMTPYDLSKGRINYRFK"
 
@@ -61,6 +67,53 @@ def test_embeddings_in_int8_beside_float32_are_refused(tiny_checkpoint: Path, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_the_head_has_a_precision_of_its_own(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = export(tiny_checkpoint, tmp_path / "bundle", lm_head="int8")
+    head = torch.load(tiny_checkpoint / WEIGHTS, weights_only=True)["llm.lm_head.weight"]
+    stored = StoredWeights(bundle.path / "decoder.onnx")
+    assert torch.equal(stored.linear("lm_head"), nearest_int8_groups(head).dequantize())
+    assert not stored.int8("layers.0.o_proj")
+    recipe = bundle.manifest.quantization["decoder.onnx"]
+    assert (recipe["precision"], recipe["quantizer"]) == ("int4", "rtn")
+    assert (recipe["lm_head"]["precision"], recipe["lm_head"]["group_size"]) == ("int8", 128)
+    assert edge(["inspect", str(bundle.path)]) == 0
+    assert "    lm_head\n      group_size: 128\n      precision: int8\n" in capsys.readouterr().out
+    parity = bundle.manifest.parity
+    assert parity["fidelity"]["text"]["logits"] <= 1e-4
+    # Half a step at most is a root mean square of about 0.29, and a step is a sixteenth of one of int4.
+    assert 0.2 < parity["rounding"]["lm_head"] < 0.35
+    assert parity["rounding"]["decoder"] > 0.2
+    nearest = RoundToNearest().quantize("lm_head", head).dequantize()
+    worse, better = ((one - head.float()).square().mean() for one in (nearest, stored.linear("lm_head")))
+    assert better < worse / 200
+    assert Engine.load(bundle.path).ask("What is it?", max_new_tokens=3).finish == "length"
+
+
+def test_a_head_in_int8_is_counted_before_it_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    layout = Layout.locate(tiny_checkpoint)
+    four, eight = (plan_bundle(ExportOptions(layout, tmp_path / "x", lm_head=head)) for head in ("int4", "int8"))
+    assert eight.parts["lm_head"] == 1001 * (128 + 2)
+    assert four.parts["decoder"] - eight.parts["decoder"] == 1001 * (64 + 2)
+    assert "lm_head" not in four.parts
+    bundle = export(tiny_checkpoint, tmp_path / "bundle", lm_head="int8", proof="none")
+    assert eight.parts["decoder"] + eight.parts["lm_head"] == bytes_of_linears(bundle.path / "decoder.onnx")
+    # GPTQ, too, leaves it out.
+    assert four.work - eight.work == 1001 * (64 + 2)
+
+
+@pytest.mark.parametrize("head", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_precision_for_the_head_of_a_decoder_that_is_not_int4_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str, head: str
+) -> None:
+    with pytest.raises(ExportError, match=f"an LM head in {head} was asked for, and precision {precision}") as caught:
+        export(tiny_checkpoint, tmp_path / "bundle", precision=precision, lm_head=head)
+    assert caught.value.seen == head
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_quantizer_without_anything_to_quantize_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options = ExportOptions(Layout.locate(tiny_checkpoint), tmp_path / "bundle", "fp16", "gptq")
     with pytest.raises(ExportError, match="the quantizer gptq was asked for, and no part is to be stored in int4"):
@@ -68,12 +121,15 @@ def test_a_quantizer_without_anything_to_quantize_is_refused(tiny_checkpoint: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_takes_both(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_them_all(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bundle"
     command = ["bundle", "--family", "biomedgpt-10b", "--checkpoint", str(tiny_checkpoint), "--out", str(out)]
-    options = ["--protein-encoder", "int8", "--embeddings", "int8", "--quantizer", "gptq", "--proof", "none"]
-    assert main([*command, *options]) == 0
+    options = ["--protein-encoder", "int8", "--embeddings", "int8", "--lm-head", "int8"]
+    assert main([*command, *options, "--quantizer", "gptq", "--proof", "none"]) == 0
     recipes = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["quantization"]
     assert recipes["decoder.onnx"]["quantizer"] == "gptq"
+    assert recipes["decoder.onnx"]["lm_head"]["precision"] == "int8"
     assert recipes["protein_encoder.onnx"]["precision"] == "int8"
-    assert "protein_encoder layer" not in capsys.readouterr().err, "GPTQ has nothing to do there"
+    said = capsys.readouterr().err
+    assert "protein_encoder layer" not in said, "GPTQ has nothing to do there"
+    assert "decoder head" not in said, "nor there"

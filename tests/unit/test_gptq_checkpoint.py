@@ -304,7 +304,6 @@ def test_a_decoder_computes_with_the_checkpoints_own_weights(tmp_path: Path, nam
         linears = Linears("int4", imported)
         build_decoder(graph, config, config.vocabulary, checkpoint.tensor, linears, lambda line: None)
         graph.save()
-        assert not imported.unused
         stored = StoredWeights(graph.path)
         head = stored.linear("lm_head")
         assert not torch.equal(head, checkpoint.tensor("lm_head.weight").float())
@@ -358,10 +357,6 @@ def test_what_is_not_quantized_goes_to_the_other_quantizer(tmp_path: Path) -> No
         assert torch.equal(one.packed, other.packed)
         assert torch.equal(one.scales, other.scales)
         assert imported.name == "imported gptq, rtn"
-        # Nobody asked for the quantized one: whoever named the layers was mistaken.
-        assert list(imported.unused) == ["m.weight"]
-        imported.quantize("m.weight", checkpoint.tensor("m.weight"))
-        assert not imported.unused
 
 
 @pytest.mark.parametrize("quantized_head", [True, False])
@@ -394,6 +389,30 @@ def test_matrices_over_one_input_are_stacked(tmp_path: Path, reordered: bool) ->
     assert torch.equal(StoredWeights(graph.path).linear("all"), whole)
     np.testing.assert_array_equal(run(graph, np.eye(256)), whole.T.numpy())
     assert np.array_equal(whole.numpy(), np.concatenate([layers[name].weight for name in sorted(layers)]))
+
+
+@pytest.mark.parametrize("columns", [256, 320])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("reordered", [True, False])
+def test_what_a_layer_takes_is_known_without_its_values(
+    tmp_path: Path, columns: int, sym: bool, reordered: bool
+) -> None:
+    layers = {
+        name: Layer(rows, columns, sym=sym, reordered=reordered, seed=rows) for name, rows in (("k", 16), ("q", 40))
+    }
+    layers["q"].group_of = layers["k"].group_of
+    if not sym:
+        # One of the stacked matrices would need none.
+        layers["k"].zeros[:] = 8
+    with several(tmp_path, layers) as checkpoint:
+        assert [checkpoint.asymmetric(f"{name}.weight") for name in layers] == [False, not sym]
+        assert [checkpoint.reordered(f"{name}.weight") for name in layers] == [reordered, reordered]
+        imported = ImportedWeights(checkpoint, RoundToNearest(), stack(checkpoint))
+        whole = torch.cat([checkpoint.tensor(key) for key in checkpoint.quantized_keys()])
+        for key, weight in (("all", whole), ("plain.weight", checkpoint.tensor("plain.weight"))):
+            stored = imported.quantize(key, weight)
+            parts = (stored.packed, stored.scales, stored.zero_points, stored.order)
+            assert imported.stored_bytes(key, *weight.shape) == sum(part.nbytes for part in parts if part is not None)
 
 
 def test_matrices_in_different_orders_are_no_layer(tmp_path: Path) -> None:

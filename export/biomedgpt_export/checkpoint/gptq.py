@@ -57,7 +57,7 @@ class GptqWeight:
     @property
     def trivial(self) -> bool:
         """Whether groups are runs of neighbouring columns."""
-        return torch.equal(self.group_of, torch.arange(len(self.group_of)) // self.group_size)
+        return _trivial(self.group_of, self.group_size)
 
     def dequantize(self) -> torch.Tensor:
         """float32 ``[N, K]``, without any rounding: 11 bits of a scale times 4 bits of a difference need 15 of 24."""
@@ -111,8 +111,13 @@ class GptqCheckpoint(Checkpoint):
         shown = [key for key in inner.keys() if key not in hidden]
         # A dict for its order and its look-ups.
         self._keys = dict.fromkeys(_shown_name(key) for key in shown)
-        for module in self._layers:
-            self._groups(module)
+        self._asymmetric, self._reordered = set[str](), set[str]()
+        for module, sizes in self._layers.items():
+            _, zeros, group_of = self._groups(module)
+            if not (zeros == SYMMETRIC_ZERO).all():
+                self._asymmetric.add(module)
+            if not _trivial(group_of, sizes.group_size):
+                self._reordered.add(module)
         biases = [module + _BIAS for module in self._layers if module + _BIAS in inner.keys()]
         self.zero_biases = frozenset(key for key in biases if not inner.tensor(key).any())
 
@@ -133,6 +138,14 @@ class GptqCheckpoint(Checkpoint):
     def quantized_keys(self) -> list[str]:
         """Names of the matrices that are quantized, in file order."""
         return [module + _WEIGHT for module in self._layers]
+
+    def asymmetric(self, key: str) -> bool:
+        """Whether a matrix is quantized with zero points other than 8."""
+        return key.removesuffix(_WEIGHT) in self._asymmetric
+
+    def reordered(self, key: str) -> bool:
+        """Whether the groups of a matrix are other than runs of neighbouring columns."""
+        return key.removesuffix(_WEIGHT) in self._reordered
 
     def quantized(self, key: str) -> GptqWeight | None:
         """The exact numbers of a quantized matrix; None for a tensor that is not quantized."""
@@ -195,6 +208,10 @@ class GptqCheckpoint(Checkpoint):
                 remedy="Some kernels would then ignore g_idx. Set desc_act to true if the model needs it.",
             )
         return group_of
+
+
+def _trivial(group_of: torch.Tensor, group_size: int) -> bool:
+    return torch.equal(group_of, torch.arange(len(group_of)) // group_size)
 
 
 def _shown_name(key: str) -> str:

@@ -11,14 +11,18 @@ import torch
 
 from ..quantize.int4 import Int4Weight, WeightQuantizer
 from ..quantize.int8 import QMAX_PRODUCT, nearest_int8
+from ..quantize.int8_groups import Int8GroupWeight, nearest_int8_groups
 from .builder import CONTRIB, GraphBuilder
-from .matrices import Matrix, Weights
+from .matrices import HEAD, Matrix, Weights
 
 Precision = Literal["fp32", "fp16", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int4")
 # Of the linear layers of one graph: int8 is for encoders, which multiply each weight by many rows at once.
 GraphPrecision = Literal["fp32", "fp16", "int8", "int4"]
 GRAPH_PRECISIONS: tuple[GraphPrecision, ...] = ("fp32", "fp16", "int8", "int4")
+# Of the LM head of an int4 decoder, in groups either way.
+HeadPrecision = Literal["int8", "int4"]
+HEAD_PRECISIONS: tuple[HeadPrecision, ...] = ("int8", "int4")
 
 # What MatMulNBits computes with on a CPU. int8 quantizes activations per block and runs 1.7 times as fast as fp32.
 Activations = Literal["fp32", "int8"]
@@ -33,18 +37,22 @@ class Linears:
         precision: fp32 and fp16 store plain weights (computed in fp32 on a CPU either way), int8 stores one scale per
             output and quantizes activations, int4 stores groups.
         quantizer: chooses int4 values; needed for int4 only.
-        activations: what int4 layers compute with.
+        activations: what layers in groups compute with.
+        lm_head: how the head is stored where the precision is int4.
         group_sizes: group size -> number of weights quantized with it, for the manifest.
         padded: keys whose width no group size divides.
         asymmetric: keys of weights with zero points of their own.
+        int8_group_size: of the head, once it was stored in int8.
     """
 
     precision: GraphPrecision
     quantizer: WeightQuantizer | None = None
     activations: Activations = "fp32"
+    lm_head: HeadPrecision = "int4"
     group_sizes: dict[int, int] = field(default_factory=dict)
     padded: list[str] = field(default_factory=list)
     asymmetric: list[str] = field(default_factory=list)
+    int8_group_size: int | None = None
 
     def emit(
         self,
@@ -55,7 +63,9 @@ class Linears:
         bias: torch.Tensor | None = None,
     ) -> str:
         """Adds ``source @ weight.T + bias`` for ``weight`` ``[N, K]``; returns the output's name."""
-        if self.precision == "int4":
+        if self.precision == "int4" and name == HEAD and self.lm_head == "int8":
+            product = self._emit_int8_groups(graph, source, name, weight)
+        elif self.precision == "int4":
             product = self._emit_int4(graph, source, name, weight)
         elif self.precision == "int8":
             product = _emit_int8(graph, source, name, weight)
@@ -86,20 +96,31 @@ class Linears:
             order = graph.tensor(f"{name}.order", quantized.order.numpy())
             source = graph.node("Gather", [source, order], f"{name}.reordered", axis=-1)
         packed = graph.tensor(f"{name}.weight_int4", quantized.packed.numpy())
-        # Scales are stored in fp16 and widened when the graph is loaded: the operator wants the activations' dtype.
-        scales = graph.tensor(f"{name}.scales", quantized.scales.flatten().numpy())
-        scales = graph.node("Cast", [scales], f"{name}.scales_fp32", to=onnx.TensorProto.FLOAT)
-        inputs = [source, packed, scales]
+        inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
         if quantized.zero_points is not None:
             inputs.append(graph.tensor(f"{name}.zero_points", quantized.zero_points.flatten().numpy()))
+        return self._product_in_groups(graph, name, quantized, inputs)
+
+    def _emit_int8_groups(self, graph: GraphBuilder, source: str, name: str, weight: torch.Tensor) -> str:
+        quantized = nearest_int8_groups(weight)
+        self.int8_group_size = quantized.group_size
+        if quantized.columns % quantized.group_size:
+            self.padded.append(name)
+        packed = graph.tensor(f"{name}.weight_int8", quantized.packed.numpy())
+        inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
+        return self._product_in_groups(graph, name, quantized, inputs)
+
+    def _product_in_groups(
+        self, graph: GraphBuilder, name: str, quantized: Int4Weight | Int8GroupWeight, inputs: list[str]
+    ) -> str:
         return graph.node(
             "MatMulNBits",
             inputs,
             f"{name}.product",
             domain=CONTRIB,
             K=quantized.columns,
-            N=weight.shape[0],
-            bits=4,
+            N=len(quantized.packed),
+            bits=quantized.bits,
             block_size=quantized.group_size,
             accuracy_level=ACCURACY_LEVELS[self.activations],
         )
@@ -111,6 +132,12 @@ class Linears:
             self.padded.append(name)
         if quantized.zero_points is not None:
             self.asymmetric.append(name)
+
+
+def _scales_in_groups(graph: GraphBuilder, name: str, quantized: Int4Weight | Int8GroupWeight) -> str:
+    """Stored in fp16 and widened when the graph is loaded: the operator wants the activations' dtype."""
+    scales = graph.tensor(f"{name}.scales", quantized.scales.flatten().numpy())
+    return graph.node("Cast", [scales], f"{name}.scales_fp32", to=onnx.TensorProto.FLOAT)
 
 
 def _emit_int8(graph: GraphBuilder, source: str, name: str, weight: torch.Tensor) -> str:

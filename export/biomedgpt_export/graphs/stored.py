@@ -12,6 +12,7 @@ import torch
 
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
+from ..quantize.int8_groups import Int8GroupWeight
 
 
 class StoredWeights:
@@ -21,7 +22,11 @@ class StoredWeights:
         self._folder = path.parent
         model = onnx.load(str(path), load_external_data=False)
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._int4 = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulNBits"}
+        self._in_groups = {
+            node.input[1]: {attribute.name: attribute.i for attribute in node.attribute}
+            for node in model.graph.node
+            if node.op_type == "MatMulNBits"
+        }
 
     def linear(self, name: str) -> torch.Tensor:
         """The matrix of the linear layer ``name``, float32 ``[N, K]``, dequantized if need be."""
@@ -36,21 +41,31 @@ class StoredWeights:
         return self._quantized(name).steps()
 
     def int4(self, name: str) -> Int4Weight:
-        """The linear layer ``name``, which is stored in groups."""
-        packed_name = f"{name}.weight_int4"
-        attributes = {a.name: a.i for a in self._int4[packed_name].attribute}
-        packed = torch.from_numpy(self._array(packed_name).copy())
-        scales = torch.from_numpy(self._array(f"{name}.scales").copy()).reshape(packed.shape[:2])
+        """The linear layer ``name``, which is stored in int4."""
+        packed, scales, columns, group_size = self._groups(f"{name}.weight_int4", name)
         zero_points, order = self._optional(f"{name}.zero_points"), self._optional(f"{name}.order")
         if zero_points is not None:
             zero_points = zero_points.reshape(len(packed), -1)
-        return Int4Weight(packed, scales, attributes["K"], attributes["block_size"], zero_points, order)
+        return Int4Weight(packed, scales, columns, group_size, zero_points, order)
 
-    def _quantized(self, name: str) -> Int4Weight | Int8Weight:
-        if f"{name}.weight_int8" not in self._tensors:
+    def int8(self, name: str) -> bool:
+        """Whether the linear layer ``name`` is stored in int8."""
+        return f"{name}.weight_int8" in self._tensors
+
+    def _quantized(self, name: str) -> Int4Weight | Int8Weight | Int8GroupWeight:
+        if not self.int8(name):
             return self.int4(name)
+        if f"{name}.weight_int8" in self._in_groups:
+            return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name))
         values, scales = (torch.from_numpy(self._array(f"{name}.{part}").copy()) for part in ("weight_int8", "scales"))
         return Int8Weight(values.T, scales)
+
+    def _groups(self, packed_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Packed values, their scales, columns and group size."""
+        attributes = self._in_groups[packed_name]
+        packed = torch.from_numpy(self._array(packed_name).copy())
+        scales = torch.from_numpy(self._array(f"{name}.scales").copy()).reshape(packed.shape[:2])
+        return packed, scales, attributes["K"], attributes["block_size"]
 
     def _optional(self, name: str) -> torch.Tensor | None:
         return torch.from_numpy(self._array(name).copy()) if name in self._tensors else None

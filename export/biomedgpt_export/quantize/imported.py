@@ -8,7 +8,16 @@ import torch
 
 from ..checkpoint import GptqCheckpoint, GptqWeight
 from ..errors import CheckpointError
-from .int4 import GROUP_SIZES, ZERO_POINT, Int4Weight, WeightQuantizer, group_size_for, pack_nibbles
+from .int4 import (
+    GROUP_SIZES,
+    ZERO_POINT,
+    Int4Weight,
+    WeightQuantizer,
+    group_bytes,
+    group_size_for,
+    pack_nibbles,
+    same,
+)
 
 # Sizes in which a checkpoint's groups are stored: ours, and 16 for the groups that none of ours divides. ONNX Runtime's
 # processor kernel knows 16 to 256 alone (matmul_nbits.cc), so longer groups become several with one scale in any case.
@@ -30,30 +39,30 @@ class ImportedWeights:
         otherwise: for the matrices that it holds as they are.
         sources: from the key of a linear layer to the checkpoint's keys of the matrices whose rows it stacks.
 
-    Attributes:
-        unused: quantized matrices that were not asked for yet. An export that leaves any of them was not told where
-            they belong, and has quantized them again.
-
     Raises:
         CheckpointError: a group size fits none of the blocks in which a bundle stores groups.
     """
 
     def __init__(self, checkpoint: GptqCheckpoint, otherwise: WeightQuantizer, sources: Sources = same_key) -> None:
         self.name = f"imported gptq, {otherwise.name}"
-        self.unused = dict.fromkeys(checkpoint.quantized_keys())
-        self._quantized = frozenset(self.unused)
+        self._quantized = frozenset(checkpoint.quantized_keys())
         self._checkpoint = checkpoint
         self._otherwise = otherwise
         self._sources = sources
         for key in self._quantized:
-            self.block_size(checkpoint.shape(key)[1])
+            self._block_size(checkpoint.shape(key)[1])
 
-    def block_size(self, columns: int) -> int:
-        """In which groups a matrix with so many columns is stored.
+    def stored_bytes(self, key: str, rows: int, columns: int) -> int:
+        """What the linear layer ``key`` of that size takes with its scales, zero points and order."""
+        keys = self._sources(key)
+        if self._quantized.isdisjoint(keys):
+            return group_bytes(rows, columns, group_size_for(columns), Int4Weight.bits)
+        size = self._block_size(columns)
+        zero_points = any(map(self._checkpoint.asymmetric, keys)) * rows * -(-columns // (2 * size))
+        order = any(map(self._checkpoint.reordered, keys)) * columns * torch.int32.itemsize
+        return group_bytes(rows, columns, size, Int4Weight.bits) + zero_points + order
 
-        Raises:
-            CheckpointError: that of the checkpoint fits no block.
-        """
+    def _block_size(self, columns: int) -> int:
         return _block_size(columns, self._checkpoint.config.columns_per_group(columns))
 
     def quantize(self, key: str, weight: torch.Tensor) -> Int4Weight:
@@ -79,8 +88,6 @@ class ImportedWeights:
                 seen=list(keys),
                 remedy="Nothing was written. Export the original weights, and report this.",
             )
-        for name in keys:
-            self.unused.pop(name, None)
         return stored
 
 
@@ -136,17 +143,13 @@ def _stacked(key: str, keys: Sequence[str], parts: Sequence[Int4Weight]) -> Int4
         return first
     if any((part.columns, part.group_size) != (first.columns, first.group_size) for part in parts):
         raise _not_one_layer(key, keys, "their widths or groups differ")
-    if not all(_same_order(part.order, first.order) for part in parts):
+    if not all(same(part.order, first.order) for part in parts):
         raise _not_one_layer(key, keys, "their activation orders differ")
     zero_points = None
     if any(part.zero_points is not None for part in parts):
         zero_points = torch.cat([_explicit_zero_points(part) for part in parts])
     packed, scales = torch.cat([part.packed for part in parts]), torch.cat([part.scales for part in parts])
     return Int4Weight(packed, scales, first.columns, first.group_size, zero_points, first.order)
-
-
-def _same_order(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _explicit_zero_points(weight: Int4Weight) -> torch.Tensor:

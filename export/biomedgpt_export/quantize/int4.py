@@ -11,7 +11,7 @@ other than 8, and columns in another order; the layout has both as additions, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -40,6 +40,7 @@ class Int4Weight:
     group_size: int
     zero_points: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    bits: ClassVar[int] = 4
 
     def dequantize(self) -> torch.Tensor:
         """float32 ``[N, K]``, columns in place: the reference unpacker of the layout above."""
@@ -53,6 +54,12 @@ class Int4Weight:
     def steps(self) -> torch.Tensor:
         """float32 ``[N, K]``: distance of neighbouring levels at each weight."""
         return self._in_place(self.scales.float().abs().unsqueeze(-1).expand(-1, -1, self.group_size))
+
+    def same_as(self, other: Int4Weight) -> bool:
+        """Whether both are stored alike, bit for bit."""
+        sizes = (self.columns, self.group_size) == (other.columns, other.group_size)
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("packed", "scales", "zero_points", "order"))
+        return sizes and all(same(*pair) for pair in pairs)
 
     def _in_place(self, stored: torch.Tensor) -> torch.Tensor:
         """From ``[N, groups, group_size]`` to ``[N, K]`` in the order of the inputs."""
@@ -73,6 +80,11 @@ class WeightQuantizer(Protocol):
 def group_size_for(columns: int) -> int:
     """128, or 64 or 32 where 128 does not divide ``columns``; where none does, 32 with zero padding."""
     return next((size for size in GROUP_SIZES if columns % size == 0), GROUP_SIZES[-1])
+
+
+def group_bytes(rows: int, columns: int, group_size: int, bits: int) -> int:
+    """What the values of a matrix in groups take with their float16 scales."""
+    return rows * -(-columns // group_size) * (group_size * bits // 8 + 2)
 
 
 def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -97,6 +109,11 @@ def nearest_levels(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     # A group too small for a float16 scale has scale zero, and no level but zero.
     divisor = torch.where(scales == 0, torch.ones_like(scales), scales).float()
     return (values / divisor).round().clamp(QMIN, QMAX)
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two tensors that may be absent are the same."""
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""Whether the matrices of a graph have the sizes that its products with quantized weights declare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from .onnx_header import Header, Product
+
+# Those of int4 and int8, in the groups of our own exports.
+BITS, GROUP_SIZES = (4, 8), (16, 32, 64, 128)
+
+
+def contradictions(header: Header) -> Iterator[str]:
+    """What is wrong with each MatMulNBits whose attributes and tensors contradict each other."""
+    for product in header.products:
+        wrong = _contradiction(header, product)
+        if wrong:
+            yield wrong
+
+
+def _contradiction(header: Header, product: Product) -> str:
+    columns, rows, bits, group_size = (product.attributes.get(name, 0) for name in ("K", "N", "bits", "block_size"))
+    weights, scales, zero_points, *more = (*product.inputs[1:], "", "", "")
+    if any(more):
+        return f"{weights} has more inputs than a product needs"
+    if bits not in BITS or group_size not in GROUP_SIZES or not columns or not rows:
+        return f"{weights} has {rows} x {columns} values of {bits} bits in groups of {group_size}"
+    groups = -(-columns // group_size)
+    shape = (rows, groups, group_size * bits // 8)
+    if header.shapes.get(weights) != shape:
+        return f"{weights} is {header.shapes.get(weights)}, and {shape} is declared"
+    # Scales are stored in fp16 and widened: their values are what a Cast reads.
+    counts = {header.casts.get(scales, scales): rows * groups}
+    if zero_points:
+        counts[zero_points] = rows * -(-groups * bits // 8)
+    for name, count in counts.items():
+        found = None if name is None else header.shapes.get(name)
+        if found is None or math.prod(found) != count:
+            return f"{name} is {found}, and {count} values are declared"
+    return ""
