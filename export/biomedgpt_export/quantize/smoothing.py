@@ -37,7 +37,7 @@ class _Balance:
 
     def __call__(self, matrices: Sequence[Matrix], rows: torch.Tensor) -> list[Product]:
         parts = [matrix.weight(self._weights).float() for matrix in matrices]
-        balanced = _balanced(rows.abs().amax(0), torch.stack([part.abs().amax(0) for part in parts]).amax(0))
+        balanced = _balanced(_largest(rows), torch.stack([_largest(part) for part in parts]).amax(0))
         self.scales.update((matrix.name, balanced) for matrix in matrices)
         return [product(part, matrix.bias_vector(self._weights)) for matrix, part in zip(matrices, parts, strict=True)]
 
@@ -63,6 +63,11 @@ def esm_smoothing(config: EsmConfig, weights: Weights, ids: Sequence[torch.Tenso
         factors |= {f"{norm}.{part}": 1 / scales for part in ("weight", "bias")}
         factors |= {key: scales for matrix in readers for key in matrix.keys}
     return factors
+
+
+def _largest(rows: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each column of ``[n, K]``, without a copy of what may be large."""
+    return torch.linalg.vector_norm(rows, torch.inf, dim=0)
 
 
 def _balanced(activations: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
