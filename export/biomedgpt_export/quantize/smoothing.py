@@ -21,7 +21,7 @@ from ..streamed import Product, StreamedEsm, product
 RECIPE = "SmoothQuant, strength 0.5, powers of two"
 
 # As an exponent: a channel that nothing reads stays finite.
-_LARGEST = 20.0
+_MOST = 20.0
 
 
 class _Balance:
@@ -57,7 +57,7 @@ def esm_smoothing(config: EsmConfig, weights: Weights, ids: Sequence[torch.Tenso
     hidden, lengths = esm.embedded(torch.cat(list(ids))), [len(one) for one in ids]
     for index in range(esm.layers):
         hidden = esm.layer(index, hidden, lengths, balance)
-    factors = {}
+    factors = dict[str, torch.Tensor]()
     for norm, readers in esm_norm_readers(config).items():
         scales = balance.scales[readers[0].name]
         factors |= {f"{norm}.{part}": 1 / scales for part in ("weight", "bias")}
@@ -67,10 +67,12 @@ def esm_smoothing(config: EsmConfig, weights: Weights, ids: Sequence[torch.Tenso
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each column of ``[n, K]``, without a copy of what may be large."""
-    return torch.linalg.vector_norm(rows, torch.inf, dim=0)
+    largest: torch.Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=0)
+    return largest
 
 
 def _balanced(activations: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """s from largest magnitudes ``[K]``; 1 for channels that are always zero, or that no weight reads."""
-    exponents = (0.5 * (activations / columns).log2()).round().clamp(-_LARGEST, _LARGEST)
-    return torch.where((activations > 0) & (columns > 0), exponents.exp2(), 1.0)
+    exponents = (0.5 * (activations / columns).log2()).round().clamp(-_MOST, _MOST)
+    scales: torch.Tensor = torch.where((activations > 0) & (columns > 0), exponents.exp2(), 1.0)
+    return scales
