@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from biomedgpt_edge import Protein
-
-from .calibration import Example
+from .calibration import Example, require_protein
 from .errors import CalibrationError
 from .quantize.gptq import GptqOptions
 from .quantize.journal import Journal
@@ -42,11 +40,8 @@ def quantize_model(
         CalibrationError: no example has a protein, or one is longer than the decoder's context.
         QuantizationError: a matrix cannot be quantized.
     """
-    if PROTEIN_PART in parts and not any(isinstance(item, Protein) for example in examples for item in example.inputs):
-        raise CalibrationError(
-            "none of the calibration questions has a protein, and the protein encoder cannot be calibrated without.",
-            remedy="Add lines with 'sequence'.",
-        )
+    if PROTEIN_PART in parts:
+        require_protein(examples)
     texts = [Text(example, example.answer_ids(model.tokenizer)) for example in examples]
     _check_lengths(model, texts)
     layerwise = Layerwise(journal, options, report)

@@ -106,6 +106,17 @@ def readable(
     return found
 
 
+def require_protein(examples: Sequence[Example]) -> None:
+    """Raises:
+    CalibrationError: none of the calibration questions has a protein.
+    """
+    if not any(isinstance(item, Protein) for example in examples for item in example.inputs):
+        raise CalibrationError(
+            "none of the calibration questions has a protein, and the protein encoder cannot be calibrated without.",
+            remedy="Add lines with 'sequence'.",
+        )
+
+
 def _example(line: str) -> Example:
     fields = json.loads(line)
     if not isinstance(fields, dict):

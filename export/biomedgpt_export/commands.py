@@ -91,7 +91,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE.jsonl",
-        help="questions with answers for GPTQ (default: a set of its own)",
+        help="questions with answers for GPTQ and for an int8 protein encoder (default: a set of its own)",
     )  # fmt: skip
     parser.add_argument(
         "--proof", choices=PROOFS, default="quick", help="on how many questions it is compared with its source"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import safetensors.numpy
 import torch
 
+from biomedgpt_edge import Protein
 from biomedgpt_edge.bundle import Bundle, sha256_of
 from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
@@ -28,12 +29,13 @@ from biomedgpt_edge.manifest import (
     TensorFiles,
     parse_manifest,
 )
+from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from . import parity, proof
 from .bundle_writer import BundleWriter, file_entry
 from .calibrated import quantize_model
-from .calibration import CALIBRATION, PROOF, read_examples, readable
+from .calibration import CALIBRATION, PROOF, Example, read_examples, readable, require_protein
 from .errors import CheckpointError, ExportError, ProofError
 from .families.base import LLM, MOLECULE, PROTEIN, Layout, Source
 from .graphs.builder import GraphBuilder
@@ -52,6 +54,8 @@ from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
 from .quantize.layerwise import JournalQuantizer
 from .quantize.rtn import RoundToNearest
+from .quantize.smoothing import RECIPE as SMOOTHING
+from .quantize.smoothing import esm_smoothing
 from .streamed_model import DECODER_PART, PROTEIN_PART, StreamedModel
 
 DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"
@@ -80,7 +84,7 @@ class ExportOptions:
         precision: of the linear layers of decoder and protein encoder.
         quantizer: chooses int4 values, as far as the checkpoint has not chosen them before; left out, ``gptq``. Without
             meaning for other precisions.
-        calibration: questions with answers for GPTQ; left out, a set of its own.
+        calibration: questions with answers for GPTQ and for an int8 protein encoder; left out, a set of its own.
         proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
         max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
         protein_encoder: precision of the protein encoder's linear layers, where it is another one.
@@ -160,6 +164,7 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
             report(line)
         planned.require_space(options.out.absolute().parent)
         export = _Export(options, source, choices, writer.staging, report)
+        export.smooth()
         journal = export.quantized()
         export.write_tensors()
         linears = export.write_graphs(journal)
@@ -168,7 +173,7 @@ def _export(options: ExportOptions, report: Report) -> Manifest:
         staged = Bundle(writer.staging, manifest, digest="")
         staged.check()
         chosen = {} if journal is None else {part: JournalQuantizer(journal, part) for part in choices.gptq_parts}
-        measured = parity.measure(staged, source.configs, export.weights, options.threads, report, chosen)
+        measured = parity.measure(staged, source.configs, export.rescaled, options.threads, report, chosen)
         measured |= export.proved(staged)
         manifest = export.manifest(linears, manifest.files, measured)
         writer.commit(manifest)
@@ -233,9 +238,9 @@ class _Choices:
                 seen=options.quantizer,
                 remedy="Leave it out.",
             )
-        if options.calibration is not None and not self.gptq_parts:
+        if options.calibration is not None and not self.gptq_parts and not self.smooths:
             raise ExportError(
-                "calibration questions were given, and GPTQ has nothing to quantize.",
+                "calibration questions were given, and GPTQ has nothing to quantize, nor is there an int8 encoder.",
                 seen=str(options.calibration),
                 remedy="Leave them out, or quantize a checkpoint that is not quantized with precision int4 and gptq.",
             )
@@ -290,6 +295,11 @@ class _Choices:
         """Those of them whose values GPTQ chooses."""
         return () if self.options.quantizer == "rtn" else self._quantized_here
 
+    @property
+    def smooths(self) -> bool:
+        """Whether activations of the protein encoder are to be quantized, and outliers to be smoothed out before."""
+        return self.source.configs.esm is not None and self.options.protein_precision == "int8"
+
     @cached_property
     def imported(self) -> ImportedWeights | None:
         """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
@@ -337,6 +347,7 @@ class _Export:
     choices: _Choices
     staging: Path
     report: Report
+    smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def weights(self, key: str) -> torch.Tensor:
         """One tensor of the checkpoint.
@@ -351,6 +362,40 @@ class _Export:
                 f"tensor '{name}' holds NaN or infinity.", seen=name, remedy="Download or save the checkpoint again."
             )
         return tensor
+
+    def rescaled(self, key: str) -> torch.Tensor:
+        """The same, with outlier channels smoothed out, where they are; the model computes what it did.
+
+        Raises:
+            CheckpointError: see :meth:`weights`.
+        """
+        tensor, factor = self.weights(key), self.smoothing.get(key)
+        return tensor if factor is None else tensor.float() * factor
+
+    def smooth(self) -> None:
+        """Finds how to rescale the norms of an int8 protein encoder, by the proteins of the calibration questions.
+
+        Raises:
+            CalibrationError: the calibration file cannot be used, or has no protein.
+        """
+        esm = self.source.configs.esm
+        if esm is None or not self.choices.smooths:
+            return
+        examples = self._calibration
+        require_protein(examples)
+        given = [item.sequence for one in examples for item in one.inputs if isinstance(item, Protein)]
+        ids = [torch.from_numpy(residue_ids(sequence)) for sequence in dict.fromkeys(given)]
+        self.report(f"smoothing the protein encoder on {len(ids)} proteins, {sum(map(len, ids))} positions")
+        factors = esm_smoothing(esm, self._under(PROTEIN), ids)
+        self.smoothing = {PROTEIN + key: factor for key, factor in factors.items()}
+
+    @cached_property
+    def _calibration(self) -> list[Example]:
+        """Raises:
+        CalibrationError: the calibration file cannot be used, or has no question for this model.
+        """
+        examples = read_examples(self.options.calibration or CALIBRATION)
+        return readable(examples, self.source.configs.inputs, "calibration", self.report)
 
     def write_tensors(self) -> None:
         """Embeddings, projections, tokenizer and policy."""
@@ -373,13 +418,11 @@ class _Export:
         options = self.options
         if not self.choices.gptq_parts:
             return None
-        path, inputs = options.calibration or CALIBRATION, self.source.configs.inputs
-        examples = readable(read_examples(path), inputs, "calibration", self.report)
         gptq = GptqOptions()
         plan = {
-            "calibration": sha256_of(path),
+            "calibration": sha256_of(options.calibration or CALIBRATION),
             "gptq": asdict(gptq),
-            "inputs": [kind.__name__ for kind in inputs],
+            "inputs": [kind.__name__ for kind in self.source.configs.inputs],
             "lm_head": self.choices.lm_head,
             "parts": list(self.choices.gptq_parts),
             "sources": {entry.path: entry.sha256 for entry in self._sources},
@@ -387,8 +430,8 @@ class _Export:
             "torch": torch.__version__,
         }
         journal = Journal(_work_folder(options), plan)
-        head = self.choices.lm_head == "int4"
-        quantize_model(self._streamed(), examples, self.choices.gptq_parts, journal, gptq, self.report, head=head)
+        parts, head = self.choices.gptq_parts, self.choices.lm_head == "int4"
+        quantize_model(self._streamed(), self._calibration, parts, journal, gptq, self.report, head=head)
         return journal
 
     def proved(self, bundle: Bundle) -> dict[str, Any]:
@@ -437,7 +480,7 @@ class _Export:
                 build_gin(graph, gin, self._under(MOLECULE), linears)
         if esm is not None:
             # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten:
-            # they are used where they were asked for.
+            # they are used where they were asked for, and smoothed out then.
             quantizer = self._quantizer(PROTEIN_PART, journal)
             linears = written[PROTEIN_ENCODER] = Linears(self.options.protein_precision, quantizer, activations="fp32")
             self.report("protein encoder")
@@ -486,10 +529,16 @@ class _Export:
             policy=self._policy,
             files=files,
             sources=self._sources,
-            quantization={name: _recipe(used) for name, used in linears.items()},
+            quantization=self._recipes(linears),
             parity=measured or {},
             about={**family.facts, **self.options.about},
         )
+
+    def _recipes(self, linears: dict[str, Linears]) -> dict[str, Any]:
+        recipes = {name: _recipe(used) for name, used in linears.items()}
+        if self.smoothing:
+            recipes[PROTEIN_ENCODER]["smoothing"] = SMOOTHING
+        return recipes
 
     @cached_property
     def _sources(self) -> tuple[FileEntry, ...]:
@@ -549,7 +598,7 @@ class _Export:
         return stored
 
     def _under(self, prefix: str) -> Callable[[str], torch.Tensor]:
-        return lambda name: self.weights(prefix + name)
+        return lambda name: self.rescaled(prefix + name)
 
     @contextmanager
     def _graph(self, name: str) -> Iterator[GraphBuilder]:

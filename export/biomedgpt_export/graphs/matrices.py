@@ -73,3 +73,14 @@ def esm_matrices(config: EsmConfig) -> dict[str, Matrix]:
         for layer in range(config.layers)
         for part, module in modules.items()
     }
+
+
+def esm_norm_readers(config: EsmConfig) -> dict[str, tuple[Matrix, ...]]:
+    """Which of them read each LayerNorm, by its module in the checkpoint; the final one feeds none of them."""
+    matrices = esm_matrices(config)
+    readers = {"attention.LayerNorm": ("query", "key", "value"), "LayerNorm": ("intermediate",)}
+    return {
+        f"encoder.layer.{layer}.{norm}": tuple(matrices[f"layers.{layer}.{part}"] for part in parts)
+        for layer in range(config.layers)
+        for norm, parts in readers.items()
+    }

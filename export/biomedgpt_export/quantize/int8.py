@@ -2,7 +2,8 @@
 
 For the protein encoder, which reads a sequence once: hundreds of rows share each weight, so that arithmetic takes the
 time, and integer products are the fastest there are (ONNX Runtime's ``com.microsoft.DynamicQuantizeMatMul``, which
-quantizes activations to uint8 with one scale and zero point per call). For a decoder's single rows, it would be memory.
+quantizes activations to uint8 with one scale and zero point per call; see ``smoothing``). For a decoder's single rows,
+it would be memory.
 """
 
 from __future__ import annotations
