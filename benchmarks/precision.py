@@ -8,7 +8,7 @@ names alone; the last rows are whole recipes.
 Random weights say nothing here, and neither do questions that the model was calibrated with, or cannot answer.
 
 Usage: python benchmarks/precision.py --checkpoint DIR [--questions FILE.jsonl] [--calibration FILE.jsonl]
-                                      [--choices decoder-rtn,decoder-gptq] [--lm-head int8] [--threads 1]
+                                      [--choices decoder-rtn,decoder-gptq] [--threads 1]
                                       [--work DIR] [--json FILE]
 Needs `pip install -c constraints.txt '.[export]'`. DIR is a folder in the release's layout.
 """
@@ -16,7 +16,6 @@ Needs `pip install -c constraints.txt '.[export]'`. DIR is a folder in the relea
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -52,6 +51,7 @@ CHOICES = (
     Choice("fp16", "all fp16", {"precision": "fp16"}),
     Choice("decoder-rtn", "decoder int4, nearest", {**_DECODER, "quantizer": "rtn"}),
     Choice("decoder-gptq", "decoder int4, GPTQ", {**_DECODER, "quantizer": "gptq"}),
+    Choice("lm-head-int8", "decoder int4, GPTQ; LM head int8", {**_DECODER, "quantizer": "gptq", "lm_head": "int8"}),
     Choice("embeddings-int8", "embeddings int8", {"precision": "fp16", "embeddings": "int8"}),
     Choice("protein-int8", "protein encoder int8", {"precision": "fp16", "protein_encoder": "int8"}),
     Choice(
@@ -71,29 +71,21 @@ CHOICES = (
         {"precision": "int4", "quantizer": "gptq", "protein_encoder": "int8", "embeddings": "int8"},
     ),
 )
-LM_HEAD = "lm_head"
-FIELDS = frozenset(field.name for field in dataclasses.fields(ExportOptions))
 
 
-def choices(keys: str | None, lm_head: str | None) -> tuple[Choice, ...]:
-    """The rows that were asked for, all of them where no keys were given; and one with another head.
+def choices(keys: str | None) -> tuple[Choice, ...]:
+    """The rows that were asked for, all of them where no keys were given.
 
     Raises:
-        ValueError: there is no such row, or exports know no precision of the head.
+        ValueError: there is no such row.
     """
-    found = CHOICES
-    if keys is not None:
-        known = {choice.key: choice for choice in CHOICES}
-        unknown = [key for key in keys.split(",") if key not in known]
-        if unknown:
-            raise ValueError(f"no choice {', '.join(unknown)}; there are {', '.join(known)}")
-        found = tuple(known[key] for key in keys.split(","))
-    if lm_head is None:
-        return found
-    if LM_HEAD not in FIELDS:
-        raise ValueError("--lm-head: this version of biomedgpt-export gives the head the decoder's precision")
-    options = {**_DECODER, "quantizer": "gptq", LM_HEAD: lm_head}
-    return (*found, Choice(f"lm-head-{lm_head}", f"decoder int4, GPTQ; LM head {lm_head}", options))
+    if keys is None:
+        return CHOICES
+    known = {choice.key: choice for choice in CHOICES}
+    unknown = [key for key in keys.split(",") if key not in known]
+    if unknown:
+        raise ValueError(f"no choice {', '.join(unknown)}; there are {', '.join(known)}")
+    return tuple(known[key] for key in keys.split(","))
 
 
 class Comparison:
@@ -161,13 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=Path, default=PROOF, metavar="FILE.jsonl")
     parser.add_argument("--calibration", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--choices", metavar="KEYS", help=", ".join(choice.key for choice in CHOICES))
-    parser.add_argument("--lm-head", choices=["int8"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, metavar="DIR", help="where bundles lie meanwhile, all of them at once")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        wanted = choices(options.choices, options.lm_head)
+        wanted = choices(options.choices)
     except ValueError as error:
         parser.error(str(error))
     facts = machine.describe(options.threads)

@@ -75,20 +75,8 @@ def test_every_choice_is_exported_and_compared_with_float32(
 
 
 def test_no_two_rows_are_the_same_bundle(precision: Any) -> None:
-    assert all(choice.options.keys() <= precision.FIELDS for choice in precision.CHOICES)
     options = [json.dumps(choice.options, sort_keys=True) for choice in precision.CHOICES]
     assert len(set(options)) == len(options) == len({choice.key for choice in precision.CHOICES})
-
-
-def test_the_head_can_have_a_row_where_exports_know_its_precision(
-    precision: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "FIELDS", precision.FIELDS | {"lm_head"})
-    (*_, row) = precision.choices("fp16", "int8")
-    assert row.options["lm_head"] == "int8"
-    monkeypatch.setattr(precision, "FIELDS", precision.FIELDS - {"lm_head"})
-    with pytest.raises(ValueError, match="the decoder's precision"):
-        precision.choices("fp16", "int8")
 
 
 def test_a_choice_that_does_not_exist_is_refused(
