@@ -113,7 +113,7 @@ class StoredModel:
                 values = torch.from_numpy(self._arrays[key].astype(np.float32))
                 return values if key != _TABLE or self._table_scales is None else values * self._table_scales
             place = self._place(key)
-            return weights(key) if place is None else place[0].linear(place[1])[place[2]]
+            return weights(key) if place is None else place[0].linear(*place[1:])
 
         return stored
 
@@ -175,7 +175,7 @@ class StoredModel:
         place = self._place(key)
         if place is None:
             raise KeyError(key)
-        return place[0].step(place[1])[place[2]]
+        return place[0].step(*place[1:])
 
     def _place(self, key: str) -> tuple[StoredWeights, str, slice] | None:
         """Graph, linear layer and rows of it that hold the matrix ``key``; None for what no linear layer holds."""

@@ -14,6 +14,8 @@ from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
 from ..quantize.int8_groups import Int8GroupWeight
 
+ALL_ROWS = slice(None)
+
 
 class StoredWeights:
     """The tensors of a saved graph, by name."""
@@ -28,47 +30,49 @@ class StoredWeights:
             if node.op_type == "MatMulNBits"
         }
 
-    def linear(self, name: str) -> torch.Tensor:
-        """The matrix of the linear layer ``name``, float32 ``[N, K]``, dequantized if need be."""
+    def linear(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """The matrix of the linear layer ``name``, or ``rows`` of it, float32 ``[N, K]``, dequantized if need be."""
         if f"{name}.weight" in self._tensors:
-            return torch.from_numpy(self._array(f"{name}.weight").T.astype(np.float32))
-        return self._quantized(name).dequantize()
+            return torch.from_numpy(self._array(f"{name}.weight").T[rows].astype(np.float32))
+        return self._quantized(name, rows).dequantize()
 
-    def step(self, name: str) -> torch.Tensor:
-        """Distance of neighbouring stored values around each weight of ``name``, float32 ``[N, K]``."""
+    def step(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """Distance of neighbouring stored values around each weight of these rows, float32 ``[N, K]``."""
         if f"{name}.weight" in self._tensors:
-            return torch.from_numpy(np.spacing(np.abs(self._array(f"{name}.weight").T)).astype(np.float32))
-        return self._quantized(name).steps()
+            return torch.from_numpy(np.spacing(np.abs(self._array(f"{name}.weight").T[rows])).astype(np.float32))
+        return self._quantized(name, rows).steps()
 
-    def int4(self, name: str) -> Int4Weight:
-        """The linear layer ``name``, which is stored in int4."""
-        packed, scales, columns, group_size = self._groups(f"{name}.weight_int4", name)
-        zero_points, order = self._optional(f"{name}.zero_points"), self._optional(f"{name}.order")
-        if zero_points is not None:
-            zero_points = zero_points.reshape(len(packed), -1)
+    def int4(self, name: str, rows: slice = ALL_ROWS) -> Int4Weight:
+        """These rows of the linear layer ``name``, which is stored in int4."""
+        packed, scales, columns, group_size = self._groups(f"{name}.weight_int4", name, rows)
+        zero_points, count = None, self._in_groups[f"{name}.weight_int4"]["N"]
+        if f"{name}.zero_points" in self._tensors:
+            zero_points = self._by_row(f"{name}.zero_points", count, rows)
+        order = torch.from_numpy(self._array(f"{name}.order").copy()) if f"{name}.order" in self._tensors else None
         return Int4Weight(packed, scales, columns, group_size, zero_points, order)
 
     def int8(self, name: str) -> bool:
         """Whether the linear layer ``name`` is stored in int8."""
         return f"{name}.weight_int8" in self._tensors
 
-    def _quantized(self, name: str) -> Int4Weight | Int8Weight | Int8GroupWeight:
+    def _quantized(self, name: str, rows: slice) -> Int4Weight | Int8Weight | Int8GroupWeight:
         if not self.int8(name):
-            return self.int4(name)
+            return self.int4(name, rows)
         if f"{name}.weight_int8" in self._in_groups:
-            return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name))
-        values, scales = (torch.from_numpy(self._array(f"{name}.{part}").copy()) for part in ("weight_int8", "scales"))
-        return Int8Weight(values.T, scales)
+            return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name, rows))
+        values, scales = self._array(f"{name}.weight_int8").T[rows], self._array(f"{name}.scales")[rows]
+        return Int8Weight(torch.from_numpy(values.copy()), torch.from_numpy(scales.copy()))
 
-    def _groups(self, packed_name: str, name: str) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    def _groups(self, packed_name: str, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """Packed values, their scales, columns and group size."""
         attributes = self._in_groups[packed_name]
-        packed = torch.from_numpy(self._array(packed_name).copy())
-        scales = torch.from_numpy(self._array(f"{name}.scales").copy()).reshape(packed.shape[:2])
+        packed = torch.from_numpy(self._array(packed_name)[rows].copy())
+        scales = self._by_row(f"{name}.scales", attributes["N"], rows)
         return packed, scales, attributes["K"], attributes["block_size"]
 
-    def _optional(self, name: str) -> torch.Tensor | None:
-        return torch.from_numpy(self._array(name).copy()) if name in self._tensors else None
+    def _by_row(self, name: str, count: int, rows: slice) -> torch.Tensor:
+        """What is stored flat for ``count`` rows, of some of them."""
+        return torch.from_numpy(self._array(name).reshape(count, -1)[rows].copy())
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         tensor = self._tensors[name]
