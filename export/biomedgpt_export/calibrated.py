@@ -36,7 +36,7 @@ def quantize_model(
         parts: which of the two; the other computes with the checkpoint's matrices.
 
     Raises:
-        CalibrationError: no example has a protein, or one is longer than the decoder's context.
+        CalibrationError: no example has a protein.
         QuantizationError: a matrix cannot be quantized.
     """
     if PROTEIN_PART in parts and not any(isinstance(item, Protein) for example in examples for item in example.inputs):
@@ -45,7 +45,6 @@ def quantize_model(
             remedy="Add lines with 'sequence'.",
         )
     texts = [Text(example, example.answer_ids(model.tokenizer)) for example in examples]
-    _check_lengths(model, texts)
     layerwise = Layerwise(journal, options, report)
     rows = replace(model, walk=layerwise.layers if PROTEIN_PART in parts else model.walk).embedded(texts)
     if DECODER_PART not in parts:
@@ -53,18 +52,7 @@ def quantize_model(
     lengths = [len(one) for one in rows]
     report(f"calibrating the decoder on {len(lengths)} prompts, {sum(lengths)} positions")
     llama, weights = model.decoder()
-    hidden = layerwise.layers(DECODER_PART, llama, weights, torch.cat(rows), lengths)
+    # Rows take gigabytes: the parts are let go, and the whole is handed over, so that the first layer can let it go.
+    rows[:] = [torch.cat(rows)]
+    hidden = layerwise.layers(DECODER_PART, llama, weights, rows.pop(), lengths)
     layerwise.head(DECODER_PART, llama, weights, llama.normed(hidden))
-
-
-def _check_lengths(model: StreamedModel, texts: Sequence[Text]) -> None:
-    context = model.configs.llama.context
-    for number, text in enumerate(texts, 1):
-        length = sum(map(len, text.example.segments(model.template, model.tokenizer))) + len(text.ids)
-        if length > context:
-            raise CalibrationError(
-                f"calibration question {number} takes {length} positions with its answer.",
-                seen=length,
-                limit=context,
-                remedy="Shorten its answer or its protein.",
-            )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from biomedgpt_edge.protein_tokens import residue_ids
+from biomedgpt_export.device import CPU
 from biomedgpt_export.families.tensors import esm_tensors, llama_tensors
 from biomedgpt_export.graphs.config import EsmConfig, LlamaConfig
 from biomedgpt_export.source_modules import SourceEsm, SourceLlama, Weights
@@ -42,8 +43,8 @@ def test_llama(config: LlamaConfig) -> None:
     embeddings = torch.randn(sum(LENGTHS), config.hidden_size, generator=torch.Generator().manual_seed(1))
     hidden = embeddings
     for index in range(model.layers):
-        hidden = model.layer(index, hidden, LENGTHS, ExactStep(weights))
-    (head,) = ExactStep(weights)([model.head()], hidden)
+        hidden = model.layer(index, hidden, LENGTHS, ExactStep(weights, CPU))
+    (head,) = ExactStep(weights, CPU)([model.head()], hidden)
     logits = head(model.normed(hidden))
     source = SourceLlama(config, config.vocabulary, weights, lambda text: None)
     expected = torch.cat([source.logits(one) for one in embeddings.split(list(LENGTHS))])
@@ -57,7 +58,7 @@ def test_esm(config: EsmConfig) -> None:
     ids = [torch.from_numpy(residue_ids(sequence)) for sequence in ("MKV", "A", "MAKEDTLEFPGVVKELLPN")]
     hidden, lengths = model.embedded(torch.cat(ids)), [len(one) for one in ids]
     for index in range(model.layers):
-        hidden = model.layer(index, hidden, lengths, ExactStep(weights))
+        hidden = model.layer(index, hidden, lengths, ExactStep(weights, CPU))
     source = SourceEsm(config, weights, lambda text: None)
     expected = torch.cat([source.features(one) for one in ids])
     torch.testing.assert_close(model.normed(hidden), expected, atol=1e-5, rtol=1e-4)
