@@ -8,6 +8,7 @@ reading and writing files is not in it.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _COLUMNS_CHOOSING = 3.25
 _DEQUANTIZED = 9
 # Bytes per value of the matrices that are stacked, in the checkpoint's dtype.
 _STACKED = 4
+# Bytes per value of the matrices of a layer that were quantized and are kept until all of them were.
+_CHOSEN = 0.55
 # float32 rows of gate, its SiLU, up and their product, of as many rows as are computed at once.
 _WIDE_ROWS = 4
 # Bytes per value of the embedding table that is written: what safetensors copies (thrice), and the check for NaN.
@@ -300,7 +303,7 @@ class Subject:
         if part not in self.gptq:
             work = Work(2.0 * positions * tower.values)
             return Step(f"run the {name}: {what}", _REST + rows + _exact(tower), work, quantizes=True)
-        solving = max(self._solving(*group, tower) for group in tower.all_groups)
+        solving = max(self._solving(*group) for group in tower.all_groups) + _CHOSEN * tower.layer_values
         work = Work(
             products=sum(n * (2.0 * positions * (r * k + k * k) + 2.0 * k * k * r) for n, (r, k) in tower.counted()),
             factorized=sum(n * k**3 / 3 for n, (_, k) in tower.counted()),
@@ -308,7 +311,7 @@ class Subject:
         )
         return Step(f"calibrate and quantize the {name}: {what}", _REST + rows + solving, work, quantizes=True)
 
-    def _solving(self, rows: int, columns: int, tower: _Tower) -> float:
+    def _solving(self, rows: int, columns: int) -> float:
         """Bytes on the host while a matrix is quantized and computed with."""
         values, squares = rows * columns, columns * columns
         if self.device != CPU:
@@ -334,10 +337,14 @@ class Subject:
 
     def _parity(self) -> Step:
         towers, table, prompts = self._towers, self._table_values, 1 + len(self.configs.inputs)
+        # Head, table and one layer, which is there once more while it is loaded. Query, key and value are slices of one
+        # stored matrix, and each keeps the whole of it.
         modules = 2 * table * _FLOAT + sum(2 * _FLOAT * tower.layer_values for tower in towers.values())
+        modules += 2 * _FLOAT * math.prod(towers[DECODER_PART].groups[0])
+        chosen = sum(_CHOSEN * towers[part].layer_values for part in self.gptq)
         loading = _DEQUANTIZED * max(max(tower.largest for tower in towers.values()), table)
         running = _PARITY_POSITIONS * (self._running(towers[DECODER_PART]) + _PARITY_LOGITS * self.configs.rows)
-        memory = max(self._sessions(_SESSION_EXACT) + modules + loading + running, _COMPARED * table)
+        memory = chosen + max(self._sessions(_SESSION_EXACT) + modules + loading + running, _COMPARED * table)
         values = sum(tower.values for tower in towers.values())
         work = Work(
             products=_PARITY_RUNS * prompts * 2.0 * _PARITY_POSITIONS * values,

@@ -97,15 +97,12 @@ class StreamedLlama:
             return [self._matrices[f"{name}.{part}_proj"] for part in parts]
 
         normed = self._normed(hidden, f"{key}.input_layernorm")
-        (project,) = step(matrices("qkv"), normed)
-        attended = self._attended(rowwise(project, normed, self.device), lengths)
-        (output,) = step(matrices("o"), attended)
-        hidden = rowwise(output, attended, self.device).add_(hidden)
+        # Products hold matrices, and have no names here, so that each set of them is gone before the next one comes.
+        attended = self._attended(rowwise(*step(matrices("qkv"), normed), normed, self.device), lengths)
+        hidden = rowwise(*step(matrices("o"), attended), attended, self.device).add_(hidden)
         normed = self._normed(hidden, f"{key}.post_attention_layernorm")
-        gate, up = step(matrices("gate", "up"), normed)
-        gated = rowwise(lambda rows: F.silu(gate(rows)) * up(rows), normed, self.device)
-        (down,) = step(matrices("down"), gated)
-        return rowwise(down, gated, self.device).add_(hidden)
+        gated = rowwise(_gated(*step(matrices("gate", "up"), normed)), normed, self.device)
+        return rowwise(*step(matrices("down"), gated), gated, self.device).add_(hidden)
 
     @torch.inference_mode()
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -158,16 +155,16 @@ class StreamedEsm:
             return [self._matrices[f"{name}.{part}"] for part in parts]
 
         normed = self._normed(hidden, f"{key}.attention.LayerNorm")
-        projections = step(matrices("query", "key", "value"), normed)
+        projected = [
+            rowwise(project, normed, self.device) for project in step(matrices("query", "key", "value"), normed)
+        ]
         rotary = _Rotary(max(lengths), self._config.head_size, self._config.rope_base, self.device)
-        attended = _attention([rowwise(project, normed, self.device) for project in projections], lengths, rotary)
-        (output,) = step(matrices("attention_output"), attended)
-        hidden = rowwise(output, attended, self.device).add_(hidden)
+        attended = _attention(projected, lengths, rotary)
+        del projected
+        hidden = rowwise(*step(matrices("attention_output"), attended), attended, self.device).add_(hidden)
         normed = self._normed(hidden, f"{key}.LayerNorm")
-        (widen,) = step(matrices("intermediate"), normed)
-        inner = rowwise(lambda rows: F.gelu(widen(rows)), normed, self.device)
-        (narrow,) = step(matrices("output"), inner)
-        return rowwise(narrow, inner, self.device).add_(hidden)
+        inner = rowwise(_activated(*step(matrices("intermediate"), normed)), normed, self.device)
+        return rowwise(*step(matrices("output"), inner), inner, self.device).add_(hidden)
 
     @torch.inference_mode()
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -179,6 +176,14 @@ class StreamedEsm:
         return rowwise(
             lambda rows: F.layer_norm(rows, gain.shape, gain, shift, self._config.norm_eps), hidden, self.device
         )
+
+
+def _gated(gate: Product, up: Product) -> Product:
+    return lambda rows: F.silu(gate(rows)) * up(rows)
+
+
+def _activated(widen: Product) -> Product:
+    return lambda rows: F.gelu(widen(rows))
 
 
 class _Rotary:
