@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biomedgpt_edge import Molecule, Protein
+from biomedgpt_edge.bundle import sha256_of
 from biomedgpt_edge.errors import BioMedGPTError
 from biomedgpt_edge.prompt import Input, PromptTemplate, Segment, Turn, build_prompt
 from biomedgpt_edge.protein_tokens import residue_ids
@@ -51,12 +52,12 @@ class Questions:
     """What one model is run on.
 
     Attributes:
-        path: the file they come from.
+        sha256: of the file they come from.
         lengths: positions that each takes in the decoder, its answer included.
         answers: positions of those that its answer takes.
     """
 
-    path: Path
+    sha256: str
     examples: Sequence[Example]
     lengths: Sequence[int]
     answers: Sequence[int]
@@ -92,7 +93,7 @@ class Questions:
                     limit=context,
                     remedy="Shorten its answer or its protein.",
                 )
-        return cls(path, examples, lengths, answers)
+        return cls(sha256_of(path), examples, lengths, answers)
 
     @property
     def residues(self) -> list[int]:

@@ -120,7 +120,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="processor threads for GPTQ and the parity runs (default: 1)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check, say what it would write and take, and stop")
     parser.set_defaults(run=_run_bundle)
 
 

@@ -51,8 +51,8 @@ _ROUNDED = 16
 _COMPARED = 14
 # What ONNX Runtime keeps of a weight, bytes: int4 packed for its kernels, with sums of blocks; fp16 is widened when a
 # graph is loaded, fp32 mapped, and both are then copied into the order of the kernels, int8 where it is exact likewise.
-_SESSION: Mapping[GraphPrecision, float] = {"int4": 0.65, "int8": 2.0, "fp16": 8.0, "fp32": 4.0}
-_SESSION_EXACT: Mapping[GraphPrecision, float] = {**_SESSION, "int8": 12.0}
+_SESSION: Mapping[GraphPrecision, float] = {"int4": 0.65, "int8": 3.0, "fp16": 6.0, "fp32": 4.0}
+_SESSION_EXACT: Mapping[GraphPrecision, float] = {**_SESSION, "int8": 8.0}
 # Bytes per logit that is judged: both models' in float32, and log-probabilities, their differences and products in
 # float64.
 _JUDGED = 48
@@ -74,8 +74,11 @@ _JUDGED_PASSES = 10.0
 _PROOF_RUNS = 5
 # Through the source, the graph, and the graph up to the steps with a cache.
 _PARITY_RUNS = 3
-# The arithmetic runs at full speed in large products alone, and the smaller ones were timed with an idle cache.
+# Exports of models of some 50 to 110 million weights took 1.1 to 1.8 times the processor time that is counted.
 _SLOWEST = 2.0
+
+_LESS_CALIBRATION = "Give fewer or shorter calibration questions (--calibration), or --quantizer rtn."
+_LESS_PROOF = "Compare on fewer or shorter questions (--questions), or not (--proof none)."
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,14 @@ class Step:
     Attributes:
         memory: bytes of RAM.
         quantizes: it runs on the quantizer's device.
+        remedy: with which options it takes less memory, or is left out.
     """
 
     text: str
     memory: float
     work: Work
     quantizes: bool = False
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,14 +165,15 @@ class Estimate:
             MemoryNeedError: too little.
         """
         if available is not None and available < self.memory:
-            largest = max(self.steps, key=lambda step: step.memory)
+            beyond = [step for step in self.steps if step.memory > available]
+            largest = max(beyond, key=lambda step: step.memory)
+            remedies = dict.fromkeys(step.remedy for step in beyond if step.remedy)
             raise MemoryNeedError(
                 f"the export will take about {gigabytes(self.memory)} of memory to {largest.text}, and "
                 f"{gigabytes(available)} are available.",
                 seen=available,
                 limit=self.memory,
-                remedy="Close other programs or use a larger machine. Fewer calibration questions (--calibration), "
-                "--quantizer rtn or --proof none take less, each for its own step: see --dry-run.",
+                remedy=" ".join([*remedies, "Close other programs, or use a larger machine."]),
             )
 
     def lines(self, available: int | None) -> Iterable[str]:
@@ -302,14 +308,16 @@ class Subject:
         rows = positions * tower.row * _FLOAT
         if part not in self.gptq:
             work = Work(2.0 * positions * tower.values)
-            return Step(f"run the {name}: {what}", _REST + rows + _exact(tower), work, quantizes=True)
+            memory = _REST + rows + _exact(tower)
+            return Step(f"run the {name}: {what}", memory, work, quantizes=True, remedy=_LESS_CALIBRATION)
         solving = max(self._solving(*group) for group in tower.all_groups) + _CHOSEN * tower.layer_values
         work = Work(
             products=sum(n * (2.0 * positions * (r * k + k * k) + 2.0 * k * k * r) for n, (r, k) in tower.counted()),
             factorized=sum(n * k**3 / 3 for n, (_, k) in tower.counted()),
             rounded=_GPTQ_PASSES * tower.values,
         )
-        return Step(f"calibrate and quantize the {name}: {what}", _REST + rows + solving, work, quantizes=True)
+        text, memory = f"calibrate and quantize the {name}: {what}", _REST + rows + solving
+        return Step(text, memory, work, quantizes=True, remedy=_LESS_CALIBRATION)
 
     def _solving(self, rows: int, columns: int) -> float:
         """Bytes on the host while a matrix is quantized and computed with."""
@@ -370,7 +378,8 @@ class Subject:
         if PROTEIN_PART in towers:
             products += _PROOF_RUNS * 2.0 * sum(questions.residues) * towers[PROTEIN_PART].values
         work = Work(products, rounded=2 * _JUDGED_PASSES * sum(answers) * self.configs.rows)
-        yield Step(f"compare with the source on {len(answers)} questions", _REST + memory, work)
+        text = f"compare with the source on {len(answers)} questions"
+        yield Step(text, _REST + memory, work, remedy=_LESS_PROOF)
 
     def _sessions(self, kept: Mapping[GraphPrecision, float]) -> float:
         return sum(kept[self.precisions[part]] * tower.values for part, tower in self._towers.items())

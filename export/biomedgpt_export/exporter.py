@@ -16,7 +16,7 @@ import numpy.typing as npt
 import safetensors.numpy
 import torch
 
-from biomedgpt_edge.bundle import Bundle, sha256_of
+from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
     MAX_MANIFEST_BYTES,
@@ -459,7 +459,7 @@ class _Export:
         options, inputs = self.options, self.source.configs.inputs
         gptq = GptqOptions()
         plan = {
-            "calibration": sha256_of(questions.path),
+            "calibration": questions.sha256,
             "device": describe(self.choices.device),
             "gptq": asdict(gptq),
             "inputs": [kind.__name__ for kind in inputs],
@@ -501,7 +501,7 @@ class _Export:
             )
         facts = {
             "source": "the checkpoint, dequantized" if imported else "the checkpoint",
-            "questions_sha256": sha256_of(questions.path),
+            "questions_sha256": questions.sha256,
         }
         return {"proof": figures | facts}
 
