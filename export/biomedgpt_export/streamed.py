@@ -98,11 +98,11 @@ class StreamedLlama:
 
         normed = self._normed(hidden, f"{key}.input_layernorm")
         # Products hold matrices, and have no names here, so that each set of them is gone before the next one comes.
-        attended = self._attended(rowwise(*step(matrices("qkv"), normed), normed, self.device), lengths)
-        hidden = rowwise(*step(matrices("o"), attended), attended, self.device).add_(hidden)
+        attended = self._attended(rowwise(step(matrices("qkv"), normed)[0], normed, self.device), lengths)
+        hidden = rowwise(step(matrices("o"), attended)[0], attended, self.device).add_(hidden)
         normed = self._normed(hidden, f"{key}.post_attention_layernorm")
         gated = rowwise(_gated(*step(matrices("gate", "up"), normed)), normed, self.device)
-        return rowwise(*step(matrices("down"), gated), gated, self.device).add_(hidden)
+        return rowwise(step(matrices("down"), gated)[0], gated, self.device).add_(hidden)
 
     @torch.inference_mode()
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -161,10 +161,10 @@ class StreamedEsm:
         rotary = _Rotary(max(lengths), self._config.head_size, self._config.rope_base, self.device)
         attended = _attention(projected, lengths, rotary)
         del projected
-        hidden = rowwise(*step(matrices("attention_output"), attended), attended, self.device).add_(hidden)
+        hidden = rowwise(step(matrices("attention_output"), attended)[0], attended, self.device).add_(hidden)
         normed = self._normed(hidden, f"{key}.LayerNorm")
         inner = rowwise(_activated(*step(matrices("intermediate"), normed)), normed, self.device)
-        return rowwise(*step(matrices("output"), inner), inner, self.device).add_(hidden)
+        return rowwise(step(matrices("output"), inner)[0], inner, self.device).add_(hidden)
 
     @torch.inference_mode()
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
