@@ -259,7 +259,7 @@ def test_work_of_another_calibration_is_not_continued(options: ExportOptions, qu
         (['{"question": "Why?"}'], "none of the calibration questions has a protein"),
         (
             ['{"question": "Where?", "sequence": "MKV"}', json.dumps({"question": "Why?", "answer": "since " * 3000})],
-            "the question 'Why?' of .* takes",
+            r"the question 'Why\?' of .* takes",
         ),
         (["{"], "line 1"),
     ],
