@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .calibration import Example, require_protein
-from .errors import CalibrationError
+from .calibration import Example
 from .quantize.gptq import GptqOptions
 from .quantize.journal import Journal
 from .quantize.layerwise import Layerwise
@@ -37,13 +36,9 @@ def quantize_model(
         head: whether the decoder's head is quantized, too.
 
     Raises:
-        CalibrationError: no example has a protein, or one is longer than the decoder's context.
         QuantizationError: a matrix cannot be quantized.
     """
-    if PROTEIN_PART in parts:
-        require_protein(examples)
     texts = [Text(example, example.answer_ids(model.tokenizer)) for example in examples]
-    _check_lengths(model, texts)
     layerwise = Layerwise(journal, options, report)
     rows = replace(model, walk=layerwise.layers if PROTEIN_PART in parts else model.walk).embedded(texts)
     if DECODER_PART not in parts:
@@ -51,19 +46,8 @@ def quantize_model(
     lengths = [len(one) for one in rows]
     report(f"calibrating the decoder on {len(lengths)} prompts, {sum(lengths)} positions")
     llama, weights = model.decoder()
-    hidden = layerwise.layers(DECODER_PART, llama, weights, torch.cat(rows), lengths)
+    # Rows take gigabytes: the parts are let go, and the whole is handed over, so that the first layer can let it go.
+    rows[:] = [torch.cat(rows)]
+    hidden = layerwise.layers(DECODER_PART, llama, weights, rows.pop(), lengths)
     if head:
         layerwise.head(DECODER_PART, llama, weights, llama.normed(hidden))
-
-
-def _check_lengths(model: StreamedModel, texts: Sequence[Text]) -> None:
-    context = model.configs.llama.context
-    for number, text in enumerate(texts, 1):
-        length = sum(map(len, text.example.segments(model.template, model.tokenizer))) + len(text.ids)
-        if length > context:
-            raise CalibrationError(
-                f"calibration question {number} takes {length} positions with its answer.",
-                seen=length,
-                limit=context,
-                remedy="Shorten its answer or its protein.",
-            )

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from biomedgpt_edge import Molecule, Protein
+from biomedgpt_edge.bundle import sha256_of
 from biomedgpt_edge.errors import BioMedGPTError
 from biomedgpt_edge.prompt import Input, PromptTemplate, Segment, Turn, build_prompt
+from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from .errors import CalibrationError
@@ -43,6 +45,61 @@ class Example:
     def answer_ids(self, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
         """Ids of the answer and EOS, int64 ``[A]``; none where there is no answer."""
         return np.array([*tokenizer.encode(self.answer), tokenizer.eos_id] if self.answer else [], np.int64)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What one model is run on.
+
+    Attributes:
+        sha256: of the file they come from.
+        lengths: positions that each takes in the decoder, its answer included.
+        answers: positions of those that its answer takes.
+    """
+
+    sha256: str
+    examples: Sequence[Example]
+    lengths: Sequence[int]
+    answers: Sequence[int]
+
+    @classmethod
+    def fitting(
+        cls,
+        path: Path,
+        examples: Sequence[Example],
+        template: PromptTemplate,
+        tokenizer: Tokenizer,
+        context: int,
+        *,
+        answer: int = 0,
+    ) -> Questions:
+        """All of ``examples``, which were read from ``path``.
+
+        Args:
+            context: positions that the decoder has.
+            answer: positions to be kept for an answer where that of the example is shorter.
+
+        Raises:
+            CalibrationError: one is too long.
+        """
+        lengths, answers = list[int](), list[int]()
+        for example in examples:
+            answers.append(max(answer, len(example.answer_ids(tokenizer))))
+            lengths.append(sum(map(len, example.segments(template, tokenizer))) + answers[-1])
+            if lengths[-1] > context:
+                raise CalibrationError(
+                    f"the question {example.question[:60]!r} of {path} takes {lengths[-1]} positions with its answer.",
+                    seen=lengths[-1],
+                    limit=context,
+                    remedy="Shorten its answer or its protein.",
+                )
+        return cls(sha256_of(path), examples, lengths, answers)
+
+    @property
+    def residues(self) -> list[int]:
+        """Positions that each protein takes in its encoder, which reads none twice."""
+        given = [item for example in self.examples for item in example.inputs if isinstance(item, Protein)]
+        return [len(residue_ids(sequence)) for sequence in dict.fromkeys(protein.sequence for protein in given)]
 
 
 def read_examples(path: Path) -> list[Example]:

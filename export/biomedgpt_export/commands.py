@@ -14,11 +14,21 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .calibration import PROOF, read_examples, readable
-from .exporter import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, export_bundle, plan_bundle, read_about
+from .exporter import (
+    PROOFS,
+    QUANTIZERS,
+    TABLE_PRECISIONS,
+    ExportOptions,
+    estimate_bundle,
+    export_bundle,
+    plan_bundle,
+    read_about,
+)
 from .families import LAYOUTS
 from .families.base import MODALITIES
 from .families.biomedgpt_10b import FAMILY
 from .graphs.linear import GRAPH_PRECISIONS, HEAD_PRECISIONS, PRECISIONS
+from .memory import available_memory
 from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
 
@@ -93,8 +103,12 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE.jsonl",
         help="questions with answers for GPTQ and for an int8 protein encoder (default: a set of its own)",
     )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where GPTQ runs: cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument(
         "--proof", choices=PROOFS, default="quick", help="on how many questions it is compared with its source"
+    )
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE.jsonl", help="on which ones (default: a set of its own)"
     )
     parser.add_argument(
         "--max-kl",
@@ -109,7 +123,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="processor threads for GPTQ and the parity runs (default: 1)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check, say what it would write and take, and stop")
     parser.set_defaults(run=_run_bundle)
 
 
@@ -141,7 +155,9 @@ def _run_bundle(options: argparse.Namespace) -> None:
         lm_head=options.lm_head,
         quantizer=options.quantizer,
         calibration=options.calibration,
+        device=options.device,
         proof=options.proof,
+        questions=options.questions,
         max_kl=options.max_kl,
         name=options.name,
         about=about,
@@ -150,6 +166,9 @@ def _run_bundle(options: argparse.Namespace) -> None:
     )
     if options.dry_run:
         print("\n".join(plan_bundle(chosen).lines()))
+        estimated, available = estimate_bundle(chosen), available_memory()
+        print("\n".join(estimated.lines(available)))
+        estimated.require_memory(available)
     else:
         export_bundle(chosen, _report)
 

@@ -58,6 +58,18 @@ class JournalError(ExportError):
     code = "export.journal"
 
 
+class DeviceError(ExportError):
+    """The device that was asked for is not there."""
+
+    code = "export.device"
+
+
+class MemoryNeedError(ExportError):
+    """An export would take more memory than this machine has."""
+
+    code = "export.memory"
+
+
 class ParityError(ExportError):
     """The exported graph differs from the source module by more than the tolerance."""
 

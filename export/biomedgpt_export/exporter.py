@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import safetensors.numpy
 import torch
 
 from biomedgpt_edge import Protein
-from biomedgpt_edge.bundle import Bundle, sha256_of
+from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
     MAX_MANIFEST_BYTES,
@@ -29,14 +30,17 @@ from biomedgpt_edge.manifest import (
     TensorFiles,
     parse_manifest,
 )
+from biomedgpt_edge.prompt import Input
 from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from . import parity, proof
 from .bundle_writer import BundleWriter, file_entry
 from .calibrated import quantize_model
-from .calibration import CALIBRATION, PROOF, Example, read_examples, readable, require_protein
-from .errors import CheckpointError, ExportError, ProofError
+from .calibration import CALIBRATION, PROOF, Example, Questions, read_examples, readable, require_protein
+from .device import describe, find_device
+from .errors import CheckpointError, ExportError, MemoryNeedError, ProofError
+from .estimate import Estimate, Subject
 from .families.base import LLM, MOLECULE, PROTEIN, Layout, Source
 from .graphs.builder import GraphBuilder
 from .graphs.config import EsmConfig
@@ -45,6 +49,7 @@ from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.linear import GraphPrecision, HeadPrecision, Linears, Precision
 from .graphs.matrices import HEAD, esm_matrices, llama_matrices
+from .memory import available_memory
 from .plan import Part, Plan, plan
 from .quantize import int8_groups
 from .quantize.gptq import GptqOptions
@@ -85,7 +90,9 @@ class ExportOptions:
         quantizer: chooses int4 values, as far as the checkpoint has not chosen them before; left out, ``gptq``. Without
             meaning for other precisions.
         calibration: questions with answers for GPTQ and for an int8 protein encoder; left out, a set of its own.
+        device: where GPTQ runs, ``cpu``, ``cuda`` or ``cuda:N``.
         proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
+        questions: other ones than those of its own to be compared on.
         max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
         protein_encoder: precision of the protein encoder's linear layers, where it is another one.
         embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
@@ -101,7 +108,9 @@ class ExportOptions:
     precision: Precision = "int4"
     quantizer: Quantizer | None = None
     calibration: Path | None = None
+    device: str = "cpu"
     proof: Proof = "quick"
+    questions: Path | None = None
     max_kl: float | None = None
     protein_encoder: GraphPrecision | None = None
     embeddings: TablePrecision = "fp16"
@@ -117,6 +126,11 @@ class ExportOptions:
         return self.precision == self.protein_precision == "fp32"
 
     @property
+    def compared(self) -> bool:
+        """Whether the bundle is compared with its source, which an exact one need not be."""
+        return self.proof != "none" and not self.exact
+
+    @property
     def protein_precision(self) -> GraphPrecision:
         return self.protein_encoder or self.precision
 
@@ -127,9 +141,44 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
     Raises:
         ExportError: the checkpoint cannot be used, the output exists, or the parity tolerance was passed.
     """
+    try:
+        return _export(options, report)
+    except torch.OutOfMemoryError as error:
+        raise MemoryNeedError(
+            f"the device {options.device} has too little memory.",
+            seen=options.device,
+            remedy=f"{_nothing_written(options)} Close other programs that use it, or use --device cpu.",
+        ) from error
+    except OSError as error:
+        what = f"a file cannot be read or written: {error}."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"the disk is full: {error}, below {options.out.absolute().parent}."
+        raise ExportError(
+            what,
+            seen=None if error.filename is None else str(error.filename),
+            remedy=_nothing_written(options),
+        ) from error
+
+
+def _nothing_written(options: ExportOptions) -> str:
+    """What an export that ends early leaves."""
+    folder = _work_folder(options)
+    kept = f" What was quantized so far is in {folder}; the same command goes on." if folder.exists() else ""
+    return f"Nothing was written.{kept}"
+
+
+def _check_options(options: ExportOptions) -> None:
+    """What no checkpoint is needed for."""
     if not 1 <= options.threads <= MAX_THREADS:
         raise ExportError(f"threads is {options.threads}.", seen=options.threads, limit=f"1 to {MAX_THREADS}")
-    if options.max_kl is not None and (options.proof == "none" or options.exact):
+    find_device(options.device)
+    if options.questions is not None and not options.compared:
+        raise ExportError(
+            "questions to compare on were given, and nothing is to be compared.",
+            seen=str(options.questions),
+            remedy="Leave them out, or compare: proof quick or full, precision int4 or fp16.",
+        )
+    if options.max_kl is not None and not options.compared:
         raise ExportError(
             "a largest KL divergence was given, and nothing is to be compared.",
             seen=options.max_kl,
@@ -141,28 +190,15 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
             seen=options.embeddings,
             remedy="Leave one of them out: fp32 bundles hold embeddings in fp32.",
         )
-    # The source modules of the parity runs use torch's own pool.
-    torch.set_num_threads(options.threads)
-    try:
-        return _export(options, report)
-    except OSError as error:
-        folder = _work_folder(options)
-        kept = f" What was quantized so far is in {folder}; the same command goes on." if folder.exists() else ""
-        raise ExportError(
-            f"a file cannot be read or written: {error}.",
-            seen=str(error.filename),
-            remedy=f"Nothing was written.{kept}",
-        ) from error
 
 
 def _export(options: ExportOptions, report: Report) -> Manifest:
-    with BundleWriter(options.out) as writer, options.layout.open() as source:
-        choices = _Choices(options, source)
-        choices.check()
-        planned = choices.plan()
+    with _checked(options, report) as choices, BundleWriter(options.out) as writer:
+        source, planned = choices.source, choices.plan()
         for line in planned.lines():
             report(line)
         planned.require_space(options.out.absolute().parent)
+        choices.estimate(planned).require_memory(available_memory())
         export = _Export(options, source, choices, writer.staging, report)
         export.smooth()
         journal = export.quantized()
@@ -189,12 +225,32 @@ def plan_bundle(options: ExportOptions) -> Plan:
     Raises:
         ExportError: the checkpoint cannot be used, or there is too little space.
     """
-    with options.layout.open() as source:
-        choices = _Choices(options, source)
-        choices.check()
+    with _checked(options) as choices:
         planned = choices.plan()
     planned.require_space(options.out.absolute().parent)
     return planned
+
+
+def estimate_bundle(options: ExportOptions) -> Estimate:
+    """The steps of :func:`export_bundle`, their memory and arithmetic.
+
+    Raises:
+        ExportError: the checkpoint cannot be used.
+    """
+    with _checked(options) as choices:
+        return choices.estimate(choices.plan())
+
+
+@contextmanager
+def _checked(options: ExportOptions, report: Report = lambda line: None) -> Iterator[_Choices]:
+    """What the options come to, the checkpoint opened, after the checks that need no more than its names and shapes."""
+    _check_options(options)
+    # The source modules of the parity runs use torch's own pool.
+    torch.set_num_threads(options.threads)
+    with options.layout.open() as source:
+        choices = _Choices(options, source, report)
+        choices.check()
+        yield choices
 
 
 def _work_folder(options: ExportOptions) -> Path:
@@ -208,12 +264,14 @@ class _Choices:
 
     options: ExportOptions
     source: Source
+    report: Report
 
     def check(self) -> None:
         """What the checkpoint leaves no room for is refused, not ignored.
 
         Raises:
             ExportError: an option asks for it.
+            CalibrationError: questions cannot be used: nobody should learn that hours later.
         """
         options, imported = self.options, self.source.quantized is not None
         if options.protein_encoder is not None and self.source.configs.esm is None:
@@ -244,6 +302,13 @@ class _Choices:
                 seen=str(options.calibration),
                 remedy="Leave them out, or quantize a checkpoint that is not quantized with precision int4 and gptq.",
             )
+        if options.device != "cpu" and not self.gptq_parts:
+            raise ExportError(
+                f"the device {options.device} was asked for, and GPTQ, which would run there, has nothing to quantize.",
+                seen=options.device,
+                remedy="Leave it out.",
+            )
+        _ = self.calibration, self.comparison
 
     def _check_head(self) -> None:
         options, quantized = self.options, self.source.quantized
@@ -301,6 +366,54 @@ class _Choices:
         return self.source.configs.esm is not None and self.options.protein_precision == "int8"
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where GPTQ runs.
+
+        Raises:
+            DeviceError: it is not there.
+        """
+        return find_device(self.options.device)
+
+    @cached_property
+    def calibration(self) -> Questions | None:
+        """What the model reads for GPTQ, or so that its int8 encoder is smoothed, where one of them is to be done.
+
+        Raises:
+            CalibrationError: the file cannot be used, has no question for this model, none with a protein where its
+                encoder is to be calibrated, or too long a one.
+        """
+        if not self.gptq_parts and not self.smooths:
+            return None
+        path = self.options.calibration or CALIBRATION
+        examples = readable(read_examples(path), self._inputs, "calibration", self.report)
+        if self.smooths or PROTEIN_PART in self.gptq_parts:
+            require_protein(examples)
+        return self._questions(path, examples)
+
+    @cached_property
+    def comparison(self) -> Questions | None:
+        """What the bundle is compared with its source on, where it is.
+
+        Raises:
+            CalibrationError: see :attr:`calibration`.
+        """
+        if not self.options.compared:
+            return None
+        path = self.options.questions or PROOF
+        examples = readable(read_examples(path), self._inputs, "comparison", self.report)
+        some = examples[: proof.QUICK] if self.options.proof == "quick" else examples
+        return self._questions(path, some, answer=proof.CONTINUED)
+
+    @property
+    def _inputs(self) -> tuple[type[Input], ...]:
+        return self.source.configs.inputs
+
+    def _questions(self, path: Path, examples: Sequence[Example], *, answer: int = 0) -> Questions:
+        layout, context = self.options.layout, self.source.configs.llama.context
+        tokenizer = Tokenizer(layout.tokenizer)
+        return Questions.fitting(path, examples, layout.family.template, tokenizer, context, answer=answer)
+
+    @cached_property
     def imported(self) -> ImportedWeights | None:
         """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
 
@@ -339,6 +452,26 @@ class _Choices:
         }
         return plan(parts, tensors, self.source.checkpoint, self.gptq_parts)
 
+    def estimate(self, planned: Plan) -> Estimate:
+        """Memory and time of what the options make of the checkpoint."""
+        options, source = self.options, self.source
+        table = "fp32" if options.precision == "fp32" else options.embeddings
+        checkpoint = sum(path.stat().st_size for path in source.files.values())
+        precisions = {DECODER_PART: options.precision, PROTEIN_PART: options.protein_precision}
+        return Subject(
+            configs=source.configs,
+            precisions=precisions,
+            table=table,
+            gptq=self.gptq_parts,
+            head=self.lm_head == "int4",
+            smooths=self.smooths,
+            device=self.device,
+            calibration=self.calibration,
+            comparison=self.comparison,
+            checkpoint=checkpoint,
+            bundle=planned.bundle,
+        ).estimate()
+
 
 @dataclass
 class _Export:
@@ -373,29 +506,15 @@ class _Export:
         return tensor if factor is None else tensor.float() * factor
 
     def smooth(self) -> None:
-        """Finds how to rescale the norms of an int8 protein encoder, by the proteins of the calibration questions.
-
-        Raises:
-            CalibrationError: the calibration file cannot be used, or has no protein.
-        """
-        esm = self.source.configs.esm
-        if esm is None or not self.choices.smooths:
+        """Finds how to rescale the norms of an int8 protein encoder, by the proteins of the calibration questions."""
+        esm, questions = self.source.configs.esm, self.choices.calibration
+        if esm is None or questions is None or not self.choices.smooths:
             return
-        examples = self._calibration
-        require_protein(examples)
-        given = [item.sequence for one in examples for item in one.inputs if isinstance(item, Protein)]
+        given = [item.sequence for one in questions.examples for item in one.inputs if isinstance(item, Protein)]
         ids = [torch.from_numpy(residue_ids(sequence)) for sequence in dict.fromkeys(given)]
         self.report(f"smoothing the protein encoder on {len(ids)} proteins, {sum(map(len, ids))} positions")
         factors = esm_smoothing(esm, self._under(PROTEIN), ids)
         self.smoothing = {PROTEIN + key: factor for key, factor in factors.items()}
-
-    @cached_property
-    def _calibration(self) -> list[Example]:
-        """Raises:
-        CalibrationError: the calibration file cannot be used, or has no question for this model.
-        """
-        examples = read_examples(self.options.calibration or CALIBRATION)
-        return readable(examples, self.source.configs.inputs, "calibration", self.report)
 
     def write_tensors(self) -> None:
         """Embeddings, projections, tokenizer and policy."""
@@ -412,26 +531,27 @@ class _Export:
         """The matrices that GPTQ chose, where it is to choose; what an earlier run did is taken up.
 
         Raises:
-            CalibrationError: the calibration file cannot be used, or has no question for this model.
             JournalError: the earlier run was another one.
         """
-        options = self.options
-        if not self.choices.gptq_parts:
+        questions = self.choices.calibration
+        if questions is None or not self.choices.gptq_parts:
             return None
         gptq = GptqOptions()
         plan = {
-            "calibration": sha256_of(options.calibration or CALIBRATION),
+            "calibration": questions.sha256,
+            "device": describe(self.choices.device),
             "gptq": asdict(gptq),
             "inputs": [kind.__name__ for kind in self.source.configs.inputs],
             "lm_head": self.choices.lm_head,
             "parts": list(self.choices.gptq_parts),
             "sources": {entry.path: entry.sha256 for entry in self._sources},
-            "threads": options.threads,
+            "threads": self.options.threads,
             "torch": torch.__version__,
         }
-        journal = Journal(_work_folder(options), plan)
+        journal = Journal(_work_folder(self.options), plan)
+        model = replace(self._streamed(), device=self.choices.device)
         parts, head = self.choices.gptq_parts, self.choices.lm_head == "int4"
-        quantize_model(self._streamed(), self._calibration, parts, journal, gptq, self.report, head=head)
+        quantize_model(model, questions.examples, parts, journal, gptq, self.report, head=head)
         return journal
 
     def proved(self, bundle: Bundle) -> dict[str, Any]:
@@ -440,16 +560,15 @@ class _Export:
         Raises:
             ProofError: it costs more than it may.
         """
-        options = self.options
-        if options.exact or options.proof == "none":
+        options, questions = self.options, self.choices.comparison
+        if questions is None:
             return {}
-        examples = readable(read_examples(PROOF), self.source.configs.inputs, "comparison", self.report)
         imported = self.source.quantized is not None
         self.report("comparing with the source" + ", which is the dequantized checkpoint" * imported)
         figures = proof.compared(
             proof.SourceSide(self._streamed()),
             proof.BundleSide(bundle, options.threads),
-            examples[: proof.QUICK] if options.proof == "quick" else examples,
+            questions.examples,
         )
         for line in proof.table(figures):
             self.report(line)
@@ -461,7 +580,11 @@ class _Export:
                 limit=options.max_kl,
                 remedy="Nothing was written. Calibrate with more, or other, questions, or use a higher precision.",
             )
-        return {"proof": figures | {"source": "the checkpoint, dequantized" if imported else "the checkpoint"}}
+        facts = {
+            "source": "the checkpoint, dequantized" if imported else "the checkpoint",
+            "questions_sha256": questions.sha256,
+        }
+        return {"proof": figures | facts}
 
     def _streamed(self) -> StreamedModel:
         layout = self.options.layout
@@ -535,7 +658,7 @@ class _Export:
         )
 
     def _recipes(self, linears: dict[str, Linears]) -> dict[str, Any]:
-        recipes = {name: _recipe(used) for name, used in linears.items()}
+        recipes = {name: _recipe(used, self.choices.device) for name, used in linears.items()}
         if self.smoothing:
             recipes[PROTEIN_ENCODER]["smoothing"] = SMOOTHING
         return recipes
@@ -657,7 +780,7 @@ def _protein_spec(esm: EsmConfig) -> ProteinEncoderSpec:
     )
 
 
-def _recipe(linears: Linears) -> dict[str, Any]:
+def _recipe(linears: Linears, device: torch.device) -> dict[str, Any]:
     recipe: dict[str, Any] = {"precision": linears.precision}
     if linears.precision == "int8":
         recipe |= {"symmetric": True, "largest": QMAX_PRODUCT, "scales": "fp32, one per output", "activations": "int8"}
@@ -671,6 +794,8 @@ def _recipe(linears: Linears) -> dict[str, Any]:
             "weights_by_group_size": {str(size): count for size, count in sorted(linears.group_sizes.items())},
             "zero_padded": linears.padded,
         }
+        if linears.quantizer.name == JournalQuantizer.name:
+            recipe["device"] = describe(device)
     if linears.int8_group_size is not None:
         recipe["lm_head"] = {
             "precision": "int8",

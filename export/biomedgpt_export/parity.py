@@ -105,9 +105,11 @@ def measure(
         matrices = StoredModel(bundle)
         rounding = matrices.rounding(configs, folded(weights), chosen)
         weights = matrices.replacing(folded(weights))
-    stored = _source(configs, weights, report)
+    report("parity with the source modules: the exported graphs")
     with _ExactArithmetic(bundle) as exact:
-        fidelity = _fidelity(exact, stored, threads, report)
+        exported = _exported(exact, threads)
+    report("parity with the source modules: the source")
+    fidelity = _fidelity(exported, _source(configs, weights, report))
     _check(fidelity)
     result: dict[str, Any] = {
         "fidelity": fidelity,
@@ -128,10 +130,7 @@ class _Exported:
     stepped: Array
 
 
-def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[str], None]) -> dict[str, Any]:
-    report("parity with the source modules: the exported graphs")
-    exported = _exported(bundle, threads)
-    report("parity with the source modules: the source")
+def _fidelity(exported: Mapping[str, _Exported], source: Source) -> dict[str, Any]:
     expected = source.logits([one.prompt.embeddings for one in exported.values()])
     return {
         name: {
@@ -144,7 +143,7 @@ def _fidelity(bundle: Bundle, source: Source, threads: int, report: Callable[[st
 
 
 def _exported(bundle: Bundle, threads: int) -> dict[str, _Exported]:
-    """By kind of prompt. Encoders, decoder and, after them, the source modules are in memory one at a time."""
+    """By kind of prompt. Encoders and decoder are in memory one after the other, and neither of them afterwards."""
     with Engine(bundle, _NoDecoder(), threads=threads, allow_16bit=False) as engine:
         prompts = _prompts(engine)
     decoder = OnnxDecoder(bundle, threads=threads)

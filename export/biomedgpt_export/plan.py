@@ -58,7 +58,7 @@ class Plan:
         free, needed = shutil.disk_usage(existing).free, self.bundle + self.work
         if free < needed:
             raise ExportError(
-                f"the export will write about {_gigabytes(needed)} below {folder}, where {_gigabytes(free)} are free.",
+                f"the export will write about {gigabytes(needed)} below {folder}, where {gigabytes(free)} are free.",
                 seen=free,
                 limit=needed,
                 remedy="Free some space, or give --out on another disk.",
@@ -66,11 +66,11 @@ class Plan:
 
     def lines(self) -> Iterable[str]:
         """For people."""
-        yield f"will write {_gigabytes(self.bundle)}: " + ", ".join(
-            f"{name} {_gigabytes(size)}" for name, size in self.parts.items()
+        yield f"will write {gigabytes(self.bundle)}: " + ", ".join(
+            f"{name} {gigabytes(size)}" for name, size in self.parts.items()
         )
         if self.work:
-            yield f"and keep {_gigabytes(self.work)} of work beside it until it is whole"
+            yield f"and keep {gigabytes(self.work)} of work beside it until it is whole"
 
 
 def plan(parts: Iterable[Part], tensors: dict[str, int], checkpoint: Checkpoint, journalled: Collection[str]) -> Plan:
@@ -97,5 +97,6 @@ def _bytes(matrix: Matrix, part: Part, checkpoint: Checkpoint) -> int:
     return rows * columns * {"fp32": 4, "fp16": 2, "int8": 1}[part.precision]
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: float) -> str:
+    """Bytes, for people."""
     return f"{count / 1e9:.2f} GB"

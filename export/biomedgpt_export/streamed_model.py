@@ -20,10 +20,11 @@ from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from .calibration import Example
+from .device import CPU
 from .families.base import LLM, MOLECULE, PROTEIN, Configs
 from .graphs.matrices import Weights
 from .source_modules import SourceGin
-from .streamed import ExactStep, StreamedEsm, StreamedLlama
+from .streamed import ExactStep, StreamedEsm, StreamedLlama, rowwise
 
 # Parts of the model that are walked through layer by layer.
 DECODER_PART, PROTEIN_PART = "decoder", "protein_encoder"
@@ -54,7 +55,7 @@ def walk_exactly(
     part: str, model: StreamedLlama | StreamedEsm, weights: Weights, hidden: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
     """Computes every layer with the checkpoint's own matrices."""
-    step = ExactStep(weights)
+    step = ExactStep(weights, model.device)
     for index in range(model.layers):
         hidden = model.layer(index, hidden, lengths, step)
     return hidden
@@ -68,6 +69,7 @@ class StreamedModel:
         weights: tensors by their names in the checkpoint.
         template, tokenizer: those of the bundle.
         walk: what its layers compute.
+        device: where they are computed. All else, the molecule encoder too, is computed on the host.
     """
 
     configs: Configs
@@ -75,6 +77,7 @@ class StreamedModel:
     template: PromptTemplate
     tokenizer: Tokenizer
     walk: Walk = walk_exactly
+    device: torch.device = CPU
 
     def protein_tokens(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Soft tokens float32 ``[L + 2, hidden]`` of every protein that is given, by its sequence.
@@ -89,7 +92,7 @@ class StreamedModel:
         if self.configs.esm is None:
             raise TypeError("a model without a protein encoder was given a protein")
         weights = _under(self.weights, PROTEIN)
-        esm = StreamedEsm(self.configs.esm, weights)
+        esm = StreamedEsm(self.configs.esm, weights, self.device)
         ids = [torch.from_numpy(residue_ids(sequence)) for sequence in sequences]
         lengths = [len(one) for one in ids]
         hidden = self.walk(PROTEIN_PART, esm, weights, esm.embedded(torch.cat(ids)), lengths)
@@ -109,10 +112,10 @@ class StreamedModel:
     def embedded(self, texts: Sequence[Text]) -> list[torch.Tensor]:
         """Embeddings float32 ``[T, hidden]`` of each prompt and what follows it."""
         proteins = self.protein_tokens([text.example for text in texts])
-        return [torch.cat(list(self._parts(text, proteins))) for text in texts]
-
-    def _parts(self, text: Text, proteins: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
         table = self.weights(f"{LLM}model.embed_tokens.weight")
+        return [torch.cat(list(self._parts(text, proteins, table))) for text in texts]
+
+    def _parts(self, text: Text, proteins: dict[str, torch.Tensor], table: torch.Tensor) -> Iterator[torch.Tensor]:
         for segment in text.example.segments(self.template, self.tokenizer):
             if isinstance(segment, MoleculeSegment):
                 yield self.molecule_tokens(segment.molecule)
@@ -125,7 +128,7 @@ class StreamedModel:
     def decoder(self) -> tuple[StreamedLlama, Weights]:
         """The language model, and its tensors by their names in transformers."""
         weights = _under(self.weights, LLM)
-        return StreamedLlama(self.configs.llama, weights), weights
+        return StreamedLlama(self.configs.llama, weights, self.device), weights
 
     def logits(self, texts: Sequence[Text]) -> Iterator[npt.NDArray[np.float32]]:
         """Logits of each id that follows a prompt, ``[A, rows]``; where none follows, of the first, ``[1, rows]``."""
@@ -133,10 +136,11 @@ class StreamedModel:
         embedded = self.embedded(texts)
         lengths = [len(rows) for rows in embedded]
         hidden = llama.normed(self.walk(DECODER_PART, llama, weights, torch.cat(embedded), lengths))
-        (head,) = ExactStep(weights)([llama.head()], hidden)
+        (head,) = ExactStep(weights, llama.device)([llama.head()], hidden)
         for text, rows in zip(texts, hidden.split(lengths), strict=True):
             last = len(rows) - len(text.ids) - 1
-            logits: npt.NDArray[np.float32] = head(rows[last : last + max(1, len(text.ids))]).numpy()
+            wanted = rowwise(head, rows[last : last + max(1, len(text.ids))], llama.device)
+            logits: npt.NDArray[np.float32] = wanted.numpy()
             yield logits
 
     def _projected(self, name: str, features: torch.Tensor) -> torch.Tensor:

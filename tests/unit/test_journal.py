@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from biomedgpt_export.errors import JournalError
 from biomedgpt_export.quantize.int4 import Int4Weight
@@ -70,6 +73,44 @@ def test_every_damage_means_that_the_unit_is_done_again(tmp_path: Path) -> None:
     assert journal.read("x") is None
     journal.write("x", unit())
     assert journal.read("x") is not None
+
+
+def damaged(data: st.DataObject, whole: bytes) -> bytes:
+    """Some bytes of a file replaced by other ones, which may be none, or more."""
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, min(len(whole), start + 64)))
+    return whole[:start] + data.draw(st.binary(max_size=64)) + whole[stop:]
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_unit_with_random_damage_is_done_again(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    journal, made = Journal(tmp_path_factory.mktemp("work"), PLAN), unit()
+    journal.write("x", made)
+    path = journal.folder / "x.safetensors"
+    content = damaged(data, path.read_bytes())
+    path.write_bytes(content)
+    found = journal.read("x")
+    # Nothing but what was written is ever taken up; bytes without a meaning may differ.
+    assert found is None or all(same(found.matrices[name], matrix) for name, matrix in made.matrices.items())
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_a_plan_with_random_damage_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("work")
+    Journal(folder, PLAN)
+    path = folder / "plan.json"
+    path.write_bytes(damaged(data, path.read_bytes()))
+    try:
+        same_plan = json.loads(path.read_bytes()) == PLAN
+    except ValueError:
+        same_plan = False
+    if same_plan:
+        Journal(folder, PLAN)
+    else:
+        with pytest.raises(JournalError):
+            Journal(folder, PLAN)
 
 
 def test_work_is_not_continued_with_another_plan(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from ..device import moved, returned
 from ..errors import CalibrationError, QuantizationError
 from .int4 import GROUP_SIZES, Int4Weight, group_size_for, grouped, nearest_levels, pack, widest_scales
 
@@ -59,7 +60,7 @@ class Hessian:
                 limit=columns,
                 remedy=f"Floating-point activations of width {columns} are needed.",
             )
-        rows = activations.detach().reshape(-1, columns).to(self.mean.device, torch.float32)
+        rows = moved(activations.detach().reshape(-1, columns), self.mean.device)
         if rows.shape[0] == 0:
             return
         # NaN, infinity and values whose products overflow all show in the squares: |xy| is at most the larger square.
@@ -198,7 +199,7 @@ def gptq(weight: torch.Tensor, hessian: Hessian, options: GptqOptions = DEFAULTS
     # Padding is a column whose activation is always zero.
     dead = matrix.diagonal() == 0
     root, damping = _factorized(matrix, dead, options.damping, hessian.layer)
-    columns = grouped(weight.detach().to(matrix.device), group_size).flatten(1).T[order]
+    columns = grouped(moved(weight.detach(), matrix.device), group_size).flatten(1).T[order]
     columns[dead] = 0
     levels, scales, loss = _chosen(columns, root, damping, group_size, options)
     if not scales.isfinite().all():
@@ -353,4 +354,4 @@ def _stored(levels: torch.Tensor, scales: torch.Tensor, order: torch.Tensor, wid
     in_place[order] = levels
     scales_in_place[order[::group_size] // group_size] = scales
     packed = pack(in_place.T.contiguous().view(levels.shape[1], -1, group_size))
-    return Int4Weight(packed.cpu(), scales_in_place.T.contiguous().cpu(), width, group_size)
+    return Int4Weight(returned(packed), returned(scales_in_place.T.contiguous()), width, group_size)

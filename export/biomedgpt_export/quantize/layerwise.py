@@ -20,7 +20,8 @@ from .journal import Journal, Unit
 
 Report = Callable[[str], None]
 
-_ROWS_AT_ONCE = 4096
+# Rows that are looked at for values beyond float32 at once.
+HESSIAN_ROWS = 4096
 
 
 class _GptqStep:
@@ -31,17 +32,18 @@ class _GptqStep:
         notes: relative squared error of the outputs, damping where it was raised, silent channels.
     """
 
-    def __init__(self, weights: Weights, options: GptqOptions) -> None:
+    def __init__(self, weights: Weights, options: GptqOptions, device: torch.device) -> None:
         self._weights = weights
         self._options = options
+        self._device = device
         self.chosen: dict[str, Int4Weight] = {}
         self.notes: dict[str, Any] = {}
 
     def __call__(self, matrices: Sequence[Matrix], rows: torch.Tensor) -> list[Product]:
         parts = [matrix.weight(self._weights) for matrix in matrices]
         names = ", ".join(module for matrix in matrices for module in matrix.modules)
-        hessian = Hessian(names, rows.shape[1])
-        for some in rows.split(_ROWS_AT_ONCE):
+        hessian = Hessian(names, rows.shape[1], self._device)
+        for some in rows.split(HESSIAN_ROWS):
             hessian.add(some)
         result = gptq(torch.cat(parts), hessian, self._options)
         # Two digits: what is recorded should not hang on the last bits of a sum.
@@ -58,20 +60,21 @@ class _GptqStep:
             # Copies, for views would keep, and store, all of what they are cut from.
             chosen = Int4Weight(found.packed[mine].clone(), found.scales[mine].clone(), found.columns, found.group_size)
             self.chosen[matrix.name], self.notes[matrix.name] = chosen, note
-            products.append(product(chosen.dequantize(), matrix.bias_vector(self._weights)))
+            products.append(product(chosen.dequantize(), matrix.bias_vector(self._weights), self._device))
         return products
 
 
 class _StoredStep:
     """Computes with matrices that were quantized before."""
 
-    def __init__(self, unit: Unit, weights: Weights) -> None:
+    def __init__(self, unit: Unit, weights: Weights, device: torch.device) -> None:
         self._unit = unit
         self._weights = weights
+        self._device = device
 
     def __call__(self, matrices: Sequence[Matrix], rows: torch.Tensor) -> list[Product]:
         return [
-            product(self._unit.matrices[matrix.name].dequantize(), matrix.bias_vector(self._weights))
+            product(self._unit.matrices[matrix.name].dequantize(), matrix.bias_vector(self._weights), self._device)
             for matrix in matrices
         ]
 
@@ -108,11 +111,11 @@ class Layerwise:
             unit = self._journal.read(unit_name(part, f"layers.{index}"))
             step: LinearStep
             if unit is not None:
-                step = _StoredStep(unit, weights)
+                step = _StoredStep(unit, weights, model.device)
                 hidden = model.layer(index, hidden, lengths, step)
                 self._report(f"{part} layer {index + 1} of {model.layers}: done before")
                 continue
-            step = _GptqStep(weights, self._options)
+            step = _GptqStep(weights, self._options, model.device)
             hidden = model.layer(index, hidden, lengths, step)
             self._journal.write(unit_name(part, f"layers.{index}"), Unit(step.chosen, step.notes))
             done += 1
@@ -127,7 +130,7 @@ class Layerwise:
     def head(self, part: str, model: StreamedLlama, weights: Weights, normed: torch.Tensor) -> None:
         """Quantizes the head for what it reads, float32 ``[N, hidden]``."""
         if self._journal.read(unit_name(part, HEAD)) is None:
-            step = _GptqStep(weights, self._options)
+            step = _GptqStep(weights, self._options, model.device)
             with torch.inference_mode():
                 step([model.head()], normed)
             self._journal.write(unit_name(part, HEAD), Unit(step.chosen, step.notes))

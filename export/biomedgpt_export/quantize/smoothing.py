@@ -16,7 +16,7 @@ import torch
 
 from ..graphs.config import EsmConfig
 from ..graphs.matrices import Matrix, Weights, esm_norm_readers
-from ..streamed import Product, StreamedEsm, product
+from ..streamed import ExactStep, Product, StreamedEsm
 
 RECIPE = "SmoothQuant, strength 0.5, powers of two"
 
@@ -33,13 +33,14 @@ class _Balance:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
+        self._exact = ExactStep(weights)
         self.scales: dict[str, torch.Tensor] = {}
 
     def __call__(self, matrices: Sequence[Matrix], rows: torch.Tensor) -> list[Product]:
         parts = [matrix.weight(self._weights).float() for matrix in matrices]
         balanced = _balanced(_largest(rows), torch.stack([_largest(part) for part in parts]).amax(0))
         self.scales.update((matrix.name, balanced) for matrix in matrices)
-        return [product(part, matrix.bias_vector(self._weights)) for matrix, part in zip(matrices, parts, strict=True)]
+        return self._exact(matrices, rows)
 
 
 def esm_smoothing(config: EsmConfig, weights: Weights, ids: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

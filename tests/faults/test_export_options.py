@@ -1,0 +1,163 @@
+"""Where GPTQ runs and what a bundle is compared on: recorded with the figures, and refused where they mean nothing."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from biomedgpt_edge.bundle import Bundle
+from biomedgpt_export import exporter
+from biomedgpt_export.calibration import PROOF
+from biomedgpt_export.cli import main
+from biomedgpt_export.device import CPU
+from biomedgpt_export.errors import CalibrationError, DeviceError, ExportError, JournalError, MemoryNeedError
+from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.quantize import journal as journal_module
+
+QUESTIONS = (
+    {"question": "What is this?", "smiles": "CCO", "answer": "ethanol"},
+    {"question": "Where is it?", "sequence": "MKVA", "answer": "in the cell"},
+    {"question": "What is a protein?"},
+)
+
+
+def export(checkpoint: Path, out: Path, **options: Any) -> list[str]:
+    lines: list[str] = []
+    export_bundle(ExportOptions(Layout.locate(checkpoint), out, **options), lines.append)
+    return lines
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    return path
+
+
+def proof_of(bundle: Path) -> dict[str, Any]:
+    found: dict[str, Any] = Bundle.open(bundle).manifest.parity["proof"]
+    return found
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def test_own_questions_take_the_place_of_the_shipped_ones_and_are_named_by_their_hash(
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path
+) -> None:
+    export(tiny_checkpoint, tmp_path / "bundle", precision="fp16", proof="full", questions=questions)
+    proof = proof_of(tmp_path / "bundle")
+    assert proof["questions"] == 3
+    assert proof["questions_sha256"] == sha256(questions.read_bytes()).hexdigest()
+
+
+def test_the_shipped_questions_are_named_too(tiny_bundle: Path) -> None:
+    assert proof_of(tiny_bundle)["questions_sha256"] == sha256(PROOF.read_bytes()).hexdigest()
+
+
+def test_quick_takes_the_first_ones(
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter.proof, "QUICK", 2)
+    export(tiny_checkpoint, tmp_path / "bundle", precision="fp16", questions=questions)
+    assert proof_of(tmp_path / "bundle")["questions"] == 2
+
+
+@pytest.mark.parametrize("options", [{"proof": "none", "quantizer": "rtn"}, {"precision": "fp32"}])
+def test_questions_are_refused_where_nothing_is_compared(
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ExportError, match="nothing is to be compared") as caught:
+        export(tiny_checkpoint, tmp_path / "bundle", questions=questions, **options)
+    assert caught.value.seen == str(questions)
+
+
+@pytest.mark.parametrize("option", ["questions", "calibration"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("{", "line 1"), ("", "holds no questions"), (json.dumps({"question": "why " * 3000}), "takes .* positions")],
+)
+def test_questions_that_cannot_be_used_are_found_before_anything_is_quantized(
+    tiny_checkpoint: Path, tmp_path: Path, option: str, content: str, complaint: str
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=complaint):
+        export(tiny_checkpoint, tmp_path / "bundle", **{option: path})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_has_both_options(tiny_checkpoint: Path, tmp_path: Path, questions: Path) -> None:
+    command = [
+        "bundle",
+        "--family",
+        "biomedgpt-10b",
+        "--checkpoint",
+        str(tiny_checkpoint),
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    assert main([*command, "--precision", "fp32", "--questions", str(questions)]) == 6
+    assert main([*command, "--device", "tpu"]) == 6
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_the_checkpoint_is_opened(tmp_path: Path) -> None:
+    class Unopened:
+        def open(self) -> None:
+            raise AssertionError("was opened")
+
+    with pytest.raises(DeviceError, match="cuda"):
+        export_bundle(ExportOptions(Unopened(), tmp_path / "bundle", device="cuda"), lambda line: None)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"quantizer": "rtn"}, {"precision": "fp16"}])
+def test_a_device_is_refused_where_nothing_would_run_on_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(exporter, "find_device", lambda name: CPU)
+    with pytest.raises(ExportError, match="GPTQ, which would run there, has nothing to quantize"):
+        export(tiny_checkpoint, tmp_path / "bundle", device="cuda", **options)
+
+
+def test_the_device_stands_in_the_recipe_and_work_of_another_is_not_continued(
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"calibration": questions, "proof": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "describe", lambda device: "cuda: Some GPU")
+        patch.setattr(journal_module.Journal, "write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export(tiny_checkpoint, tmp_path / "bundle", **options)
+    with pytest.raises(JournalError, match="begun with another device") as caught:
+        export(tiny_checkpoint, tmp_path / "bundle", **options)
+    assert (caught.value.seen, caught.value.limit) == ({"device": "cuda: Some GPU"}, {"device": "cpu"})
+    export(tiny_checkpoint, tmp_path / "other", **options)
+    recipes = Bundle.open(tmp_path / "other").manifest.quantization
+    assert {name: recipe.get("device") for name, recipe in recipes.items()} == {
+        "decoder.onnx": "cpu",
+        "protein_encoder.onnx": "cpu",
+        "molecule_encoder.onnx": None,
+    }
+
+
+def test_a_device_without_enough_memory_is_a_typed_error_that_names_what_is_done(
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(journal_module.Journal, "write", full)
+    with pytest.raises(MemoryNeedError, match="the device cpu has too little memory") as caught:
+        export(tiny_checkpoint, tmp_path / "bundle", calibration=questions, proof="none")
+    assert str(tmp_path / ".bundle.gptq") in caught.value.remedy
