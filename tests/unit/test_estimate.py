@@ -45,6 +45,7 @@ def questions(tmp_path: Path) -> Path:
 
 # The first words of a step, and those of the line that the export reports where it begins.
 BEGINS = {
+    "smooth the protein encoder": "smoothing the protein encoder",
     "hash the checkpoint": "hashing biomedgpt_10b.pth",
     "calibrate and quantize the protein encoder": "protein_encoder layer 1",
     "calibrate and quantize the decoder": "calibrating the decoder",
@@ -56,22 +57,28 @@ BEGINS = {
 }
 
 
-@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+@pytest.mark.parametrize(
+    ("quantizer", "protein_encoder", "count"),
+    [("gptq", None, 8), ("rtn", None, 5), ("rtn", "int8", 6), ("gptq", "int8", 9)],
+)
 def test_the_steps_are_those_that_run_in_their_order(
-    tiny_checkpoint: Path, tmp_path: Path, questions: Path, quantizer: Any
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path, quantizer: Any, protein_encoder: Any, count: int
 ) -> None:
-    calibration = questions if quantizer == "gptq" else None
+    calibration = None if (quantizer, protein_encoder) == ("rtn", None) else questions
     options = ExportOptions(
         Layout.locate(tiny_checkpoint), tmp_path / "bundle", quantizer=quantizer, calibration=calibration,
-        questions=questions,
+        questions=questions, protein_encoder=protein_encoder,
     )  # fmt: skip
     steps = [step.text for step in estimate_bundle(options).steps]
     lines: list[str] = []
     export_bundle(options, lines.append)
-    marks = [next(line for first, line in BEGINS.items() if text.startswith(first)) for text in steps]
+    # The protein encoder that is not quantized is run for what the decoder reads of it, without a word.
+    marks = [
+        next(line for first, line in BEGINS.items() if one.startswith(first)) for one in steps if one[:4] != "run "
+    ]
     began = [next(index for index, line in enumerate(lines) if line.startswith(mark)) for mark in marks]
     assert began == sorted(began)
-    assert len(steps) == (8 if quantizer == "gptq" else 5)
+    assert len(steps) == count
 
 
 def test_the_steps_say_how_much_there_is_to_do(tiny_checkpoint: Path, tmp_path: Path, questions: Path) -> None:
@@ -123,6 +130,8 @@ def ten_b(**changes: Any) -> Subject:
         precisions={DECODER_PART: "int4", PROTEIN_PART: "int4"},
         table="fp16",
         gptq=(DECODER_PART, PROTEIN_PART),
+        head=True,
+        smooths=False,
         device=CPU,
         calibration=shipped[0],
         comparison=dataclasses.replace(shipped[1], lengths=[200] * 8, answers=[60] * 8),
