@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from biomedgpt_edge.errors import ClosedError
 from biomedgpt_export.checkpoint import GptqCheckpoint, GptqConfig, GptqWeight, open_checkpoint, open_gptq
+from biomedgpt_export.device import CPU
 from biomedgpt_export.errors import CheckpointError, KeyMismatchError
 from biomedgpt_export.exporter import _recipe
 from biomedgpt_export.graphs.builder import GraphBuilder
@@ -175,7 +176,7 @@ def require_exact(folder: Path, layer: Layer) -> None:
     assert torch.equal(stored.linear("m.weight"), expected)
     assert torch.equal(stored.step("m.weight"), torch.from_numpy(layer.scales.astype(np.float32)[:, layer.group_of]))
     assert linears.asymmetric == ([] if layer.sym else ["m.weight"])
-    assert _recipe(linears)["symmetric"] == layer.sym
+    assert _recipe(linears, CPU)["symmetric"] == layer.sym
     added = np.zeros(layer.rows) if bias is None else bias.double().numpy()
     # Each row of the identity picks one column, so that nothing is summed and nothing is rounded (but for the bias).
     picked = run(graph, np.eye(layer.columns))
