@@ -72,34 +72,63 @@ class Questions:
         context: int,
         *,
         answer: int = 0,
+        left_out: Callable[[int], None] | None = None,
     ) -> Questions:
         """All of ``examples``, which were read from ``path``.
 
         Args:
             context: positions that the decoder has.
             answer: positions to be kept for an answer where that of the example is shorter.
+            left_out: where given, those that are too long are no error, and it is told how many they are.
 
         Raises:
-            CalibrationError: one is too long.
+            CalibrationError: one is too long, or all are.
         """
-        lengths, answers = list[int](), list[int]()
-        for example in examples:
-            answers.append(max(answer, len(example.answer_ids(tokenizer))))
-            lengths.append(sum(map(len, example.segments(template, tokenizer))) + answers[-1])
-            if lengths[-1] > context:
-                raise CalibrationError(
-                    f"the question {example.question[:60]!r} of {path} takes {lengths[-1]} positions with its answer.",
-                    seen=lengths[-1],
-                    limit=context,
-                    remedy="Shorten its answer or its protein.",
-                )
-        return cls(sha256_of(path), examples, lengths, answers)
+        measured = [_measured(example, template, tokenizer, answer) for example in examples]
+        fitting = [one for one in measured if one.length <= context]
+        shortest = min(measured, key=lambda one: one.length)
+        long = next((one for one in measured if one.length > context), None)
+        if long is not None and (left_out is None or not fitting):
+            named = long if fitting else shortest
+            raise CalibrationError(
+                f"the question {named.example.question[:60]!r} of {path} takes {named.length} positions with its "
+                "answer.",
+                seen=named.length,
+                limit=context,
+                remedy="Shorten its answer or its protein, or give other questions.",
+            )
+        if left_out is not None and long is not None:
+            left_out(len(measured) - len(fitting))
+        return cls(
+            sha256_of(path),
+            [one.example for one in fitting],
+            [one.length for one in fitting],
+            [one.answer for one in fitting],
+        )
+
+    def first(self, count: int) -> Questions:
+        """At most so many of them."""
+        return Questions(self.sha256, self.examples[:count], self.lengths[:count], self.answers[:count])
 
     @property
     def residues(self) -> list[int]:
         """Positions that each protein takes in its encoder, which reads none twice."""
         given = [item for example in self.examples for item in example.inputs if isinstance(item, Protein)]
         return [len(residue_ids(sequence)) for sequence in dict.fromkeys(protein.sequence for protein in given)]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """An example, the positions that its answer takes, and those of all of it."""
+
+    example: Example
+    answer: int
+    length: int
+
+
+def _measured(example: Example, template: PromptTemplate, tokenizer: Tokenizer, answer: int) -> _Measured:
+    kept = max(answer, len(example.answer_ids(tokenizer)))
+    return _Measured(example, kept, sum(map(len, example.segments(template, tokenizer))) + kept)
 
 
 def read_examples(path: Path) -> list[Example]:

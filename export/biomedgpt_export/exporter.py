@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -30,14 +30,13 @@ from biomedgpt_edge.manifest import (
     TensorFiles,
     parse_manifest,
 )
-from biomedgpt_edge.prompt import Input
 from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from . import parity, proof
 from .bundle_writer import BundleWriter, file_entry
 from .calibrated import quantize_model
-from .calibration import CALIBRATION, PROOF, Example, Questions, read_examples, readable, require_protein
+from .calibration import CALIBRATION, PROOF, Questions, read_examples, readable, require_protein
 from .device import describe, find_device
 from .errors import CheckpointError, ExportError, MemoryNeedError, ProofError
 from .estimate import Estimate, Subject
@@ -384,11 +383,10 @@ class _Choices:
         """
         if not self.gptq_parts and not self.smooths:
             return None
-        path = self.options.calibration or CALIBRATION
-        examples = readable(read_examples(path), self._inputs, "calibration", self.report)
+        questions = self._questions("calibration", self.options.calibration, CALIBRATION)
         if self.smooths or PROTEIN_PART in self.gptq_parts:
-            require_protein(examples)
-        return self._questions(path, examples)
+            require_protein(questions.examples)
+        return questions
 
     @cached_property
     def comparison(self) -> Questions | None:
@@ -399,19 +397,22 @@ class _Choices:
         """
         if not self.options.compared:
             return None
-        path = self.options.questions or PROOF
-        examples = readable(read_examples(path), self._inputs, "comparison", self.report)
-        some = examples[: proof.QUICK] if self.options.proof == "quick" else examples
-        return self._questions(path, some, answer=proof.CONTINUED)
+        questions = self._questions("comparison", self.options.questions, PROOF, answer=proof.CONTINUED)
+        return questions.first(proof.QUICK) if self.options.proof == "quick" else questions
 
-    @property
-    def _inputs(self) -> tuple[type[Input], ...]:
-        return self.source.configs.inputs
+    def _questions(self, purpose: str, given: Path | None, shipped: Path, *, answer: int = 0) -> Questions:
+        """Those that were given, all of them; or the shipped ones, as far as the model can read them."""
+        layout, configs = self.options.layout, self.source.configs
+        path, context = given or shipped, configs.llama.context
 
-    def _questions(self, path: Path, examples: Sequence[Example], *, answer: int = 0) -> Questions:
-        layout, context = self.options.layout, self.source.configs.llama.context
-        tokenizer = Tokenizer(layout.tokenizer)
-        return Questions.fitting(path, examples, layout.family.template, tokenizer, context, answer=answer)
+        def left_out(count: int) -> None:
+            self.report(f"{purpose}: {count} questions are longer than the model's context of {context} positions")
+
+        examples = readable(read_examples(path), configs.inputs, purpose, self.report)
+        return Questions.fitting(
+            path, examples, layout.family.template, Tokenizer(layout.tokenizer), context,
+            answer=answer, left_out=None if given else left_out,
+        )  # fmt: skip
 
     @cached_property
     def imported(self) -> ImportedWeights | None:

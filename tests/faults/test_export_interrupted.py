@@ -269,7 +269,7 @@ def killed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for name in ("moments", "renames"):
         (folder / name).mkdir()
     command = [sys.executable, "-c", KILLED, str(tiny_checkpoint), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -321,6 +321,6 @@ def test_another_process_at_another_time_in_another_place_gives_the_same_bytes(
     arguments = ["--family", "biomedgpt-10b", "--checkpoint", str(copied), "--out", str(tmp_path / "again")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
     command = [sys.executable, "-m", "biomedgpt_export.cli", "bundle", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
     assert differing(tiny_bundle, tmp_path / "again") == []
