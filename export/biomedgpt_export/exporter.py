@@ -41,6 +41,7 @@ from .device import describe, find_device
 from .errors import CheckpointError, ExportError, MemoryNeedError, ProofError
 from .estimate import Estimate, Subject
 from .families.base import LLM, MOLECULE, PROTEIN, Layout, Source
+from .finite import is_finite
 from .graphs.builder import GraphBuilder
 from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
@@ -490,7 +491,7 @@ class _Export:
             CheckpointError: it holds NaN or infinity.
         """
         tensor = self.source.checkpoint.tensor(key)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             name = self.source.checkpoint.original_name(key)
             raise CheckpointError(
                 f"tensor '{name}' holds NaN or infinity.", seen=name, remedy="Download or save the checkpoint again."
@@ -711,7 +712,7 @@ class _Export:
         """
         dtype = torch.float32 if self.options.precision == "fp32" else torch.float16
         stored = (self.weights(key) if tensor is None else tensor).to(dtype)
-        if not torch.isfinite(stored).all():
+        if not is_finite(stored):
             name = self.source.checkpoint.original_name(key)
             raise CheckpointError(
                 f"tensor '{name}' holds values beyond fp16.",

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError, KeyMismatchError
+from ..finite import is_finite
 from .base import Checkpoint, missing_key
 from .gptq_config import BITS, V1, V2, GptqConfig
 
@@ -231,7 +232,7 @@ def _unpacked(words: torch.Tensor) -> torch.Tensor:
 def _exact_half(scales: torch.Tensor, module: str) -> torch.Tensor:
     """The scales as float16, if that is what they are."""
     halves = scales.half()
-    if not torch.isfinite(scales).all():
+    if not is_finite(scales):
         raise CheckpointError(
             f"{module}.scales holds NaN or infinity.",
             seen=f"{module}.scales",

@@ -22,6 +22,7 @@ import torch
 
 from ..device import moved, returned
 from ..errors import CalibrationError, QuantizationError
+from ..finite import is_finite
 from .int4 import GROUP_SIZES, Int4Weight, group_size_for, grouped, nearest_levels, pack, widest_scales
 
 Order = Literal["group-aware", "none"]
@@ -202,7 +203,7 @@ def gptq(weight: torch.Tensor, hessian: Hessian, options: GptqOptions = DEFAULTS
     columns = grouped(moved(weight.detach(), matrix.device), group_size).flatten(1).T[order]
     columns[dead] = 0
     levels, scales, loss = _chosen(columns, root, damping, group_size, options)
-    if not scales.isfinite().all():
+    if not is_finite(scales):
         raise QuantizationError(
             f"tensor '{key}' holds values up to {float(weight.abs().max()):.3g}, too large for scales in float16.",
             seen=key,
@@ -222,7 +223,7 @@ def _check(key: str, weight: torch.Tensor, hessian: Hessian) -> None:
             limit=columns,
             remedy="A floating-point matrix [N, K] is needed, and the record of the layer that it belongs to.",
         )
-    if not weight.isfinite().all():
+    if not is_finite(weight):
         raise QuantizationError(
             f"tensor '{key}' holds NaN or infinity.", seen=key, remedy="Download or save the checkpoint again."
         )
