@@ -193,7 +193,7 @@ class Run:
         means: dict[str, float] = {}
         start = (time.perf_counter(), progress.step)
         while progress.step < progress.plan[stage]:
-            trainer.set_mode(stage, progress.step / progress.plan[stage])
+            trainer.set_mode(stage, progress.step, progress.plan[stage])
             losses = train_step(trainer, stage, progress.step, progress.plan[stage], optimizers)
             progress.step += 1
             if progress.step % _TRIM_EVERY == 0:
