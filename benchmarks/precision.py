@@ -28,8 +28,9 @@ import machine
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 from biomedgpt_export.calibration import PROOF, Example, read_examples, readable
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.proof import BundleSide, compared
 
 

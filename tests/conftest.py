@@ -48,8 +48,9 @@ def tiny_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("bundles")
 
     def exported(precision: str) -> Path:
-        from biomedgpt_export.exporter import ExportOptions, export_bundle
+        from biomedgpt_export.exporter import export_bundle
         from biomedgpt_export.families.biomedgpt_10b import Layout
+        from biomedgpt_export.options import ExportOptions
 
         out = folder / precision
         if not out.exists():

@@ -14,21 +14,13 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .calibration import PROOF, read_examples, readable
-from .exporter import (
-    PROOFS,
-    QUANTIZERS,
-    TABLE_PRECISIONS,
-    ExportOptions,
-    estimate_bundle,
-    export_bundle,
-    plan_bundle,
-    read_about,
-)
+from .exporter import estimate_bundle, export_bundle, plan_bundle
 from .families import LAYOUTS
 from .families.base import MODALITIES
 from .families.biomedgpt_10b import FAMILY
 from .graphs.linear import GRAPH_PRECISIONS, HEAD_PRECISIONS, PRECISIONS
 from .memory import available_memory
+from .options import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, read_about
 from .proof import BundleSide, compared, table
 from .synthesize import SCALES, synthesize
 

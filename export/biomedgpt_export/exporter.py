@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,24 +35,23 @@ from biomedgpt_edge.tokenizer import Tokenizer
 from . import parity, proof
 from .bundle_writer import BundleWriter, file_entry
 from .calibrated import quantize_model
-from .calibration import CALIBRATION, PROOF, Questions, read_examples, readable, require_protein
-from .device import describe, find_device
+from .choices import Choices, Report, checked
+from .device import describe
 from .errors import CheckpointError, ExportError, MemoryNeedError, ProofError
-from .estimate import Estimate, Subject
-from .families.base import LLM, MOLECULE, PROTEIN, Layout, Source
+from .estimate import Estimate
+from .families.base import LLM, MOLECULE, PROTEIN, Source
 from .finite import is_finite
 from .graphs.builder import GraphBuilder
 from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
-from .graphs.linear import GraphPrecision, HeadPrecision, Linears, Precision
-from .graphs.matrices import HEAD, esm_matrices, llama_matrices
+from .graphs.linear import Linears
 from .memory import available_memory
-from .plan import Part, Plan, plan
+from .options import ExportOptions
+from .plan import Plan
 from .quantize import int8_groups
 from .quantize.gptq import GptqOptions
-from .quantize.imported import ImportedWeights
 from .quantize.int4 import ZERO_POINT, WeightQuantizer
 from .quantize.int8 import QMAX, QMAX_PRODUCT, nearest_int8
 from .quantize.journal import Journal
@@ -66,73 +64,6 @@ from .streamed_model import DECODER_PART, PROTEIN_PART, StreamedModel
 DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"
 FILES = TensorFiles("embeddings.safetensors", "projections.safetensors", "tokenizer.model")
 POLICY_FILE = "POLICY.txt"
-
-MAX_THREADS = 1024
-
-Quantizer = Literal["gptq", "rtn"]
-QUANTIZERS: tuple[Quantizer, ...] = ("gptq", "rtn")
-TablePrecision = Literal["fp16", "int8"]
-TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("fp16", "int8")
-Proof = Literal["quick", "full", "none"]
-PROOFS: tuple[Proof, ...] = ("quick", "full", "none")
-
-Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export and how.
-
-    Attributes:
-        layout: where the parts of the checkpoint lie.
-        out: the bundle's folder; must not exist.
-        precision: of the linear layers of decoder and protein encoder.
-        quantizer: chooses int4 values, as far as the checkpoint has not chosen them before; left out, ``gptq``. Without
-            meaning for other precisions.
-        calibration: questions with answers for GPTQ and for an int8 protein encoder; left out, a set of its own.
-        device: where GPTQ runs, ``cpu``, ``cuda`` or ``cuda:N``.
-        proof: how many questions the bundle is compared with its source on: ``quick`` some, ``full`` all.
-        questions: other ones than those of its own to be compared on.
-        max_kl: largest mean KL divergence from the source, in nats per token, with which a bundle is written.
-        protein_encoder: precision of the protein encoder's linear layers, where it is another one.
-        embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
-        lm_head: precision of the LM head of int4 bundles, where it is another one; int8 is rounded to nearest.
-        name: what the bundle calls itself; left out, the family's title.
-        about: free-form facts about the model for its manifest (training data, scores).
-        policy: the model's terms; left out, the family's.
-        threads: processor threads for GPTQ and the parity runs.
-    """
-
-    layout: Layout
-    out: Path
-    precision: Precision = "int4"
-    quantizer: Quantizer | None = None
-    calibration: Path | None = None
-    device: str = "cpu"
-    proof: Proof = "quick"
-    questions: Path | None = None
-    max_kl: float | None = None
-    protein_encoder: GraphPrecision | None = None
-    embeddings: TablePrecision = "fp16"
-    lm_head: HeadPrecision | None = None
-    name: str | None = None
-    about: dict[str, Any] = field(default_factory=dict)
-    policy: Policy | None = None
-    threads: int = 1
-
-    @property
-    def exact(self) -> bool:
-        """Whether the bundle holds what the checkpoint holds, in float32."""
-        return self.precision == self.protein_precision == "fp32"
-
-    @property
-    def compared(self) -> bool:
-        """Whether the bundle is compared with its source, which an exact one need not be."""
-        return self.proof != "none" and not self.exact
-
-    @property
-    def protein_precision(self) -> GraphPrecision:
-        return self.protein_encoder or self.precision
 
 
 def export_bundle(options: ExportOptions, report: Report) -> Manifest:
@@ -162,38 +93,13 @@ def export_bundle(options: ExportOptions, report: Report) -> Manifest:
 
 def _nothing_written(options: ExportOptions) -> str:
     """What an export that ends early leaves."""
-    folder = _work_folder(options)
+    folder = options.work_folder
     kept = f" What was quantized so far is in {folder}; the same command goes on." if folder.exists() else ""
     return f"Nothing was written.{kept}"
 
 
-def _check_options(options: ExportOptions) -> None:
-    """What no checkpoint is needed for."""
-    if not 1 <= options.threads <= MAX_THREADS:
-        raise ExportError(f"threads is {options.threads}.", seen=options.threads, limit=f"1 to {MAX_THREADS}")
-    find_device(options.device)
-    if options.questions is not None and not options.compared:
-        raise ExportError(
-            "questions to compare on were given, and nothing is to be compared.",
-            seen=str(options.questions),
-            remedy="Leave them out, or compare: proof quick or full, precision int4 or fp16.",
-        )
-    if options.max_kl is not None and not options.compared:
-        raise ExportError(
-            "a largest KL divergence was given, and nothing is to be compared.",
-            seen=options.max_kl,
-            remedy="Leave it out, or compare: proof quick or full, precision int4 or fp16.",
-        )
-    if options.precision == "fp32" and options.embeddings != "fp16":
-        raise ExportError(
-            f"embeddings in {options.embeddings} were asked for, and precision fp32.",
-            seen=options.embeddings,
-            remedy="Leave one of them out: fp32 bundles hold embeddings in fp32.",
-        )
-
-
 def _export(options: ExportOptions, report: Report) -> Manifest:
-    with _checked(options, report) as choices, BundleWriter(options.out) as writer:
+    with checked(options, report) as choices, BundleWriter(options.out) as writer:
         source, planned = choices.source, choices.plan()
         for line in planned.lines():
             report(line)
@@ -225,7 +131,7 @@ def plan_bundle(options: ExportOptions) -> Plan:
     Raises:
         ExportError: the checkpoint cannot be used, or there is too little space.
     """
-    with _checked(options) as choices:
+    with checked(options) as choices:
         planned = choices.plan()
     planned.require_space(options.out.absolute().parent)
     return planned
@@ -237,249 +143,15 @@ def estimate_bundle(options: ExportOptions) -> Estimate:
     Raises:
         ExportError: the checkpoint cannot be used.
     """
-    with _checked(options) as choices:
+    with checked(options) as choices:
         return choices.estimate(choices.plan())
-
-
-@contextmanager
-def _checked(options: ExportOptions, report: Report = lambda line: None) -> Iterator[_Choices]:
-    """What the options come to, the checkpoint opened, after the checks that need no more than its names and shapes."""
-    _check_options(options)
-    # The source modules of the parity runs use torch's own pool.
-    torch.set_num_threads(options.threads)
-    with options.layout.open() as source:
-        choices = _Choices(options, source, report)
-        choices.check()
-        yield choices
-
-
-def _work_folder(options: ExportOptions) -> Path:
-    """Where GPTQ keeps what it has done, under a name that the same command finds again."""
-    return options.out.parent / f".{options.out.name}.gptq"
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """What the options come to for one checkpoint."""
-
-    options: ExportOptions
-    source: Source
-    report: Report
-
-    def check(self) -> None:
-        """What the checkpoint leaves no room for is refused, not ignored.
-
-        Raises:
-            ExportError: an option asks for it.
-            CalibrationError: questions cannot be used: nobody should learn that hours later.
-        """
-        options, imported = self.options, self.source.quantized is not None
-        if options.protein_encoder is not None and self.source.configs.esm is None:
-            raise ExportError(
-                f"a protein encoder in {options.protein_encoder} was asked for, and the bundle is to be without one.",
-                seen=options.protein_encoder,
-                remedy="Leave out --protein-encoder.",
-            )
-        if imported and options.precision != "int4":
-            raise ExportError(
-                f"precision {options.precision} was asked for, and the language model is quantized to int4.",
-                seen=options.precision,
-                limit="int4",
-                remedy="Export with precision int4, or export the original weights.",
-            )
-        self._check_head()
-        self._require_all_used()
-        if options.quantizer is not None and not self._quantized_here:
-            why = "the checkpoint is quantized" if imported else "no part is to be stored in int4"
-            raise ExportError(
-                f"the quantizer {options.quantizer} was asked for, and {why}.",
-                seen=options.quantizer,
-                remedy="Leave it out.",
-            )
-        if options.calibration is not None and not self.gptq_parts and not self.smooths:
-            raise ExportError(
-                "calibration questions were given, and GPTQ has nothing to quantize, nor is there an int8 encoder.",
-                seen=str(options.calibration),
-                remedy="Leave them out, or quantize a checkpoint that is not quantized with precision int4 and gptq.",
-            )
-        if options.device != "cpu" and not self.gptq_parts:
-            raise ExportError(
-                f"the device {options.device} was asked for, and GPTQ, which would run there, has nothing to quantize.",
-                seen=options.device,
-                remedy="Leave it out.",
-            )
-        _ = self.calibration, self.comparison
-
-    def _check_head(self) -> None:
-        options, quantized = self.options, self.source.quantized
-        if options.lm_head is not None and options.precision != "int4":
-            raise ExportError(
-                f"an LM head in {options.lm_head} was asked for, and precision {options.precision}.",
-                seen=options.lm_head,
-                remedy="Leave out --lm-head, or export with precision int4.",
-            )
-        keys = llama_matrices(self.source.configs.llama)[HEAD].keys
-        if options.lm_head == "int8" and quantized is not None and not set(quantized.quantized_keys()).isdisjoint(keys):
-            raise ExportError(
-                "an LM head in int8 was asked for, and the checkpoint has quantized its head to int4.",
-                seen=options.lm_head,
-                limit="int4",
-                remedy="Leave out --lm-head, or export the original weights.",
-            )
-
-    def _require_all_used(self) -> None:
-        """A matrix that the checkpoint has quantized is one that a linear layer of the decoder computes with."""
-        if self.source.quantized is None:
-            return
-        used = {key for matrix in llama_matrices(self.source.configs.llama).values() for key in matrix.keys}
-        unused = sorted(set(self.source.quantized.quantized_keys()) - used)
-        if unused:
-            raise CheckpointError(
-                f"the checkpoint has quantized {', '.join(unused)}, which a bundle does not hold in groups.",
-                seen=unused,
-                remedy="Nothing was written. Quantize the linear layers alone, or export the original weights.",
-            )
-
-    @property
-    def lm_head(self) -> HeadPrecision:
-        """Precision of the head beside a decoder in int4."""
-        return self.options.lm_head or "int4"
-
-    @property
-    def _quantized_here(self) -> tuple[str, ...]:
-        """Parts of the model whose int4 values the checkpoint does not bring along."""
-        wanted = dict[str, GraphPrecision]()
-        if self.source.quantized is None:
-            wanted[DECODER_PART] = self.options.precision
-        if self.source.configs.esm is not None:
-            wanted[PROTEIN_PART] = self.options.protein_precision
-        return tuple(part for part, precision in wanted.items() if precision == "int4")
-
-    @property
-    def gptq_parts(self) -> tuple[str, ...]:
-        """Those of them whose values GPTQ chooses."""
-        return () if self.options.quantizer == "rtn" else self._quantized_here
-
-    @property
-    def smooths(self) -> bool:
-        """Whether activations of the protein encoder are to be quantized, and outliers to be smoothed out before."""
-        return self.source.configs.esm is not None and self.options.protein_precision == "int8"
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where GPTQ runs.
-
-        Raises:
-            DeviceError: it is not there.
-        """
-        return find_device(self.options.device)
-
-    @cached_property
-    def calibration(self) -> Questions | None:
-        """What the model reads for GPTQ, or so that its int8 encoder is smoothed, where one of them is to be done.
-
-        Raises:
-            CalibrationError: the file cannot be used, has no question for this model, none with a protein where its
-                encoder is to be calibrated, or too long a one.
-        """
-        if not self.gptq_parts and not self.smooths:
-            return None
-        questions = self._questions("calibration", self.options.calibration, CALIBRATION)
-        if self.smooths or PROTEIN_PART in self.gptq_parts:
-            require_protein(questions.examples)
-        return questions
-
-    @cached_property
-    def comparison(self) -> Questions | None:
-        """What the bundle is compared with its source on, where it is.
-
-        Raises:
-            CalibrationError: see :attr:`calibration`.
-        """
-        if not self.options.compared:
-            return None
-        questions = self._questions("comparison", self.options.questions, PROOF, answer=proof.CONTINUED)
-        return questions.first(proof.QUICK) if self.options.proof == "quick" else questions
-
-    def _questions(self, purpose: str, given: Path | None, shipped: Path, *, answer: int = 0) -> Questions:
-        """Those that were given, all of them; or the shipped ones, as far as the model can read them."""
-        layout, configs = self.options.layout, self.source.configs
-        path, context = given or shipped, configs.llama.context
-
-        def left_out(count: int) -> None:
-            self.report(f"{purpose}: {count} questions are longer than the model's context of {context} positions")
-
-        examples = readable(read_examples(path), configs.inputs, purpose, self.report)
-        return Questions.fitting(
-            path, examples, layout.family.template, Tokenizer(layout.tokenizer), context,
-            answer=answer, left_out=None if given else left_out,
-        )  # fmt: skip
-
-    @cached_property
-    def imported(self) -> ImportedWeights | None:
-        """The int4 values that the checkpoint brings along for the decoder; what it has not quantized is rounded.
-
-        That is its head, mostly, which is read for every token: the precision that was asked for holds for it, too.
-
-        Raises:
-            CheckpointError: a bundle cannot hold its groups.
-        """
-        quantized = self.source.quantized
-        if quantized is None:
-            return None
-        matrices = llama_matrices(self.source.configs.llama)
-        return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
-
-    def plan(self) -> Plan:
-        """Sizes of what the options make of the checkpoint.
-
-        Raises:
-            CheckpointError: it is quantized in groups that a bundle cannot hold.
-        """
-        options, configs, imported = self.options, self.source.configs, self.imported
-        llama, esm, gin = configs.llama, configs.esm, configs.gin
-        decoder = llama_matrices(llama)
-        head = [decoder.pop(HEAD)] if self.lm_head == "int8" else []
-        stored = None if imported is None else imported.stored_bytes
-        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, stored)]
-        if head:
-            parts.append(Part(HEAD, head, LLM, "int8", int8_groups.stored_bytes))
-        if esm is not None:
-            parts.append(Part(PROTEIN_PART, esm_matrices(esm).values(), PROTEIN, options.protein_precision))
-        value = 4 if options.precision == "fp32" else 2
-        widths = (0 if gin is None else gin.width) + (0 if esm is None else esm.hidden_size)
-        tensors = {
-            "embeddings": configs.rows * llama.hidden_size * (1 if options.embeddings == "int8" else value),
-            "projections": widths * llama.hidden_size * value,
-        }
-        return plan(parts, tensors, self.source.checkpoint, self.gptq_parts)
-
-    def estimate(self, planned: Plan) -> Estimate:
-        """Memory and time of what the options make of the checkpoint."""
-        options, source = self.options, self.source
-        table = "fp32" if options.precision == "fp32" else options.embeddings
-        checkpoint = sum(path.stat().st_size for path in source.files.values())
-        precisions = {DECODER_PART: options.precision, PROTEIN_PART: options.protein_precision}
-        return Subject(
-            configs=source.configs,
-            precisions=precisions,
-            table=table,
-            gptq=self.gptq_parts,
-            head=self.lm_head == "int4",
-            smooths=self.smooths,
-            device=self.device,
-            calibration=self.calibration,
-            comparison=self.comparison,
-            checkpoint=checkpoint,
-            bundle=planned.bundle,
-        ).estimate()
 
 
 @dataclass
 class _Export:
     options: ExportOptions
     source: Source
-    choices: _Choices
+    choices: Choices
     staging: Path
     report: Report
     smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -550,7 +222,7 @@ class _Export:
             "threads": self.options.threads,
             "torch": torch.__version__,
         }
-        journal = Journal(_work_folder(self.options), plan)
+        journal = Journal(self.options.work_folder, plan)
         model = replace(self._streamed(), device=self.choices.device)
         parts, head = self.choices.gptq_parts, self.choices.lm_head == "int4"
         quantize_model(model, questions.examples, parts, journal, gptq, self.report, head=head)
@@ -734,31 +406,6 @@ class _Export:
             graph.save()
         finally:
             graph.close()
-
-
-def read_about(path: Path) -> tuple[dict[str, Any], Policy | None]:
-    """Facts for the manifest from a JSON file, and the model's terms, its ``policy``, if it has them.
-
-    Raises:
-        ExportError: not a JSON object, or a policy without its three texts.
-    """
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.", seen=str(path)) from error
-    if not isinstance(about, dict):
-        raise ExportError(f"{path} is not a JSON object.", seen=str(path))
-    terms = about.pop("policy", None)
-    if terms is None:
-        return about, None
-    names = [entry.name for entry in fields(Policy)]
-    if not isinstance(terms, dict) or sorted(terms) != sorted(names) or not all(map(_is_text, terms.values())):
-        raise ExportError(f"'policy' in {path} needs the texts {', '.join(names)}.", seen=str(path))
-    return about, Policy(**terms)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _require_readable(manifest: Manifest) -> None:

@@ -25,8 +25,9 @@ from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathErr
 from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, OPERATORS, ExternalTensor, read_header
 from biomedgpt_edge.onnx_products import contradictions
 from biomedgpt_edge.ort_session import open_session
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 from support import bounded_memory
 
 GRAPHS = ["decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"]

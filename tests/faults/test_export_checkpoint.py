@@ -20,9 +20,10 @@ from biomedgpt_edge.engine import Engine
 from biomedgpt_export import exporter
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CheckpointError, ExportError, KeyMismatchError, ModelConfigError
-from biomedgpt_export.exporter import ExportOptions, export_bundle, read_about
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families import biomedgpt_10b as family
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions, read_about
 from biomedgpt_export.synthesize import train_tokenizer
 
 FUSION = Path("fusion_ckpts/biomedgpt_10b.pth")

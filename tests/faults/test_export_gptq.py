@@ -22,10 +22,11 @@ from biomedgpt_export import calibrated
 from biomedgpt_export.calibration import CALIBRATION
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CalibrationError, CheckpointError, ExportError, JournalError, ProofError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize import journal as journal_module
 
 
@@ -129,7 +130,8 @@ def test_a_head_in_int8_is_left_out_of_the_work_and_another_choice_is_other_work
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.families.biomedgpt_10b import Layout
 
 checkpoint, questions, folder, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])

@@ -18,9 +18,10 @@ from biomedgpt_edge.manifest import parse_manifest
 from biomedgpt_export import bundle_writer, exporter
 from biomedgpt_export.bundle_writer import BundleWriter
 from biomedgpt_export.errors import ExportError, OutputExistsError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 
 
 def export(checkpoint: Path, out: Path, precision: str = "fp32") -> None:
@@ -221,7 +222,8 @@ def test_a_failure_of_whoever_watches_the_progress_leaves_nothing(tiny_checkpoin
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.families.biomedgpt_10b import Layout
 
 checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])

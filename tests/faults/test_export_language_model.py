@@ -25,12 +25,13 @@ from biomedgpt_export import exporter
 from biomedgpt_export.checkpoint import JoinedCheckpoint, open_checkpoint, open_gptq
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CheckpointError, ExportError, KeyMismatchError, ModelConfigError
-from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
+from biomedgpt_export.exporter import export_bundle, plan_bundle
 from biomedgpt_export.families import biomedgpt_10b
 from biomedgpt_export.families.base import LLM
 from biomedgpt_export.families.base import Layout as AnyLayout
 from biomedgpt_export.families.biomedgpt_lm_7b import FAMILY, Layout
 from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize.int8_groups import nearest_int8_groups
 from biomedgpt_export.stored_model import StoredModel
 from biomedgpt_export.synthesize import train_tokenizer

@@ -16,8 +16,9 @@ from biomedgpt_export.calibration import PROOF
 from biomedgpt_export.cli import main
 from biomedgpt_export.device import CPU
 from biomedgpt_export.errors import CalibrationError, DeviceError, ExportError, JournalError, MemoryNeedError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize import journal as journal_module
 
 QUESTIONS = (
@@ -125,7 +126,8 @@ def test_a_device_that_is_not_there_is_refused_before_the_checkpoint_is_opened(t
 def test_a_device_is_refused_where_nothing_would_run_on_it(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(exporter, "find_device", lambda name: CPU)
+    for module in ("options", "choices"):
+        monkeypatch.setattr(f"biomedgpt_export.{module}.find_device", lambda name: CPU)
     with pytest.raises(ExportError, match="GPTQ, which would run there, has nothing to quantize"):
         export(tiny_checkpoint, tmp_path / "bundle", device="cuda", **options)
 

@@ -14,12 +14,13 @@ import torch
 from biomedgpt_edge.errors import BundleCorruptError
 from biomedgpt_export import exporter
 from biomedgpt_export.errors import ParityError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.base import Modality
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.graphs import decoder, gin, linear
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import EsmConfig, GinConfig
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize import rtn
 from biomedgpt_export.quantize.int4 import Int4Weight
 from biomedgpt_export.quantize.int8_groups import Int8GroupWeight, nearest_int8_groups

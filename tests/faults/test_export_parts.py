@@ -16,9 +16,10 @@ from biomedgpt_edge.errors import MissingModalityError
 from biomedgpt_edge.tensor_file import map_tensors
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import CalibrationError, CheckpointError, ExportError, JournalError, KeyMismatchError
-from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
+from biomedgpt_export.exporter import export_bundle, plan_bundle
 from biomedgpt_export.families.base import Modality
 from biomedgpt_export.families.biomedgpt_10b import WEIGHTS, Layout
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize import journal as journal_module
 
 ETHANOL, PEPTIDE = Molecule.from_smiles("CCO"), Protein.from_sequence("MKV")

@@ -12,8 +12,9 @@ import pytest
 from biomedgpt_export import plan as plan_module
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import ExportError
-from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
+from biomedgpt_export.exporter import export_bundle, plan_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.plan import Plan
 from support import bytes_of_linears
 

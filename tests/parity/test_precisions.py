@@ -15,9 +15,10 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import ExportError
-from biomedgpt_export.exporter import ExportOptions, export_bundle, plan_bundle
+from biomedgpt_export.exporter import export_bundle, plan_bundle
 from biomedgpt_export.families.biomedgpt_10b import WEIGHTS, Layout
 from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize.int8_groups import nearest_int8_groups
 from biomedgpt_export.quantize.rtn import RoundToNearest
 from support import bytes_of_linears

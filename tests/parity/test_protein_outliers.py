@@ -26,7 +26,7 @@ from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_export import exporter
 from biomedgpt_export.calibration import CALIBRATION, PROOF, read_examples
 from biomedgpt_export.errors import CalibrationError
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.base import PROTEIN
 from biomedgpt_export.families.biomedgpt_10b import WEIGHTS, Layout
 from biomedgpt_export.graphs.builder import GraphBuilder
@@ -35,6 +35,7 @@ from biomedgpt_export.graphs.esm import build_esm
 from biomedgpt_export.graphs.linear import GraphPrecision, Linears
 from biomedgpt_export.graphs.matrices import esm_matrices, esm_norm_readers
 from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize.rtn import RoundToNearest
 from biomedgpt_export.quantize.smoothing import esm_smoothing
 from biomedgpt_export.streamed import ExactStep, StreamedEsm

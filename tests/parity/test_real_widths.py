@@ -9,8 +9,9 @@ import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_export import synthesize as synthesis
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 
 REAL_WIDTHS = dataclasses.replace(
     synthesis.SCALES["tiny"],

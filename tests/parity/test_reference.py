@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from biomedgpt_edge import Chat, Engine, Molecule, Protein
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import PROMPT_TEMPLATE, Layout
+from biomedgpt_export.options import ExportOptions
 
 REFERENCE = Path(__file__).parents[1] / "data" / "biomedgpt-tiny"
 EXPECTED = json.loads((REFERENCE / "expected.json").read_text(encoding="utf-8"))

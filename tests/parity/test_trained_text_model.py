@@ -26,8 +26,9 @@ from biomedgpt_edge.prompt import TokenSegment
 from biomedgpt_edge.tokenizer import Tokenizer
 from biomedgpt_export.calibration import Example
 from biomedgpt_export.demo.tokenizer import train_tokenizer
-from biomedgpt_export.exporter import ExportOptions, export_bundle
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_lm_7b import FAMILY, Layout
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.proof import BundleSide, compared
 
 NAMES = [first + last for first in ("alu", "bero", "cado", "duri") for last in ("lite", "mine")]

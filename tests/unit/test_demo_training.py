@@ -48,8 +48,9 @@ from biomedgpt_export.demo.tokenizer import PromptEncoder, corpus, train_tokeniz
 from biomedgpt_export.demo.train import rate_factor, train
 from biomedgpt_export.demo.trainer import Deck, TrainOptions
 from biomedgpt_export.errors import CheckpointError, TrainingDataError
-from biomedgpt_export.exporter import ExportOptions, export_bundle, read_about
+from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions, read_about
 from biomedgpt_export.quantize.rtn import RoundToNearest
 
 PIECES = 460

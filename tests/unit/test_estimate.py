@@ -19,11 +19,12 @@ from biomedgpt_export.cli import main
 from biomedgpt_export.device import CPU
 from biomedgpt_export.errors import MemoryNeedError
 from biomedgpt_export.estimate import Estimate, Speed, Step, Subject, Work
-from biomedgpt_export.exporter import ExportOptions, estimate_bundle, export_bundle
+from biomedgpt_export.exporter import estimate_bundle, export_bundle
 from biomedgpt_export.families.base import Configs
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.graphs.config import EsmConfig, GinConfig, LlamaConfig
 from biomedgpt_export.memory import available_memory
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.streamed_model import DECODER_PART, PROTEIN_PART
 
 QUESTIONS = (
@@ -244,7 +245,8 @@ MEASURED = """
 import sys, threading, time
 from pathlib import Path
 from biomedgpt_export import synthesize
-from biomedgpt_export.exporter import ExportOptions, estimate_bundle, export_bundle
+from biomedgpt_export.exporter import estimate_bundle, export_bundle
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.families.biomedgpt_10b import Layout
 
 folder = Path(sys.argv[1])
