@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from rdkit import Chem
@@ -58,6 +57,7 @@ SECTIONS = (
     "refusals",
     "same_source",
     "structure",
+    "together",
     "well_known_held_out",
     "well_known_shown",
     "wordings",
@@ -72,27 +72,11 @@ FLOORS = {
     "structure": {"accuracy": 0.62},
 }  # fmt: skip
 MOST_LOST = 0.03
-# What this training did not reach, and must once it does; the README says why.
-NOT_REACHED = {
-    ("well_known_held_out", "int4"): "of 50 molecules, int4 gives three numbers of donors wrong that fp32 gives right",
-}
-
-
-def expectations(cases: dict[tuple[str, str], float]) -> list[Any]:
-    """Cases as parameters, those that are not reached as strict expected failures."""
-    return [
-        pytest.param(
-            *case,
-            limit,
-            marks=[pytest.mark.xfail(reason=NOT_REACHED[case], strict=True)] if case in NOT_REACHED else [],
-        )
-        for case, limit in cases.items()
-    ]
 
 
 @pytest.mark.parametrize(
     ("section", "field", "floor"),
-    expectations({(section, field): floor for section, floors in FLOORS.items() for field, floor in floors.items()}),
+    [(section, field, floor) for section, floors in FLOORS.items() for field, floor in floors.items()],
 )
 def test_the_recorded_scores_keep_their_floors(engine: Engine, section: str, field: str, floor: float) -> None:
     sections = engine.bundle.manifest.about["scores"]["sections"]
@@ -106,14 +90,17 @@ def test_locations_are_better_than_the_regression(engine: Engine) -> None:
     assert distant["bundle"]["value"] >= distant["baseline"]
 
 
-@pytest.mark.parametrize(
-    ("section", "precision", "most"), expectations({(section, "int4"): MOST_LOST for section in SECTIONS})
-)
-def test_int4_keeps_what_fp32_knows(engine: Engine, section: str, precision: str, most: float) -> None:
-    scores = engine.bundle.manifest.about["scores"]
-    assert scores["precision"] == precision
-    for field, row in scores["sections"][section]["rows"].items():
-        assert row["bundle"]["value"] >= row["fp32"]["value"] - most, field
+@pytest.mark.parametrize("section", SECTIONS)
+def test_int4_keeps_what_fp32_knows(engine: Engine, section: str) -> None:
+    for field, row in engine.bundle.manifest.about["scores"]["sections"][section]["rows"].items():
+        assert row["bundle"]["value"] >= row["fp32"]["value"] - MOST_LOST, field
+
+
+def test_int4_answers_as_many_held_out_questions_right_as_fp32(engine: Engine) -> None:
+    """The worst that a paired bootstrap over the questions leaves open is one point."""
+    together = engine.bundle.manifest.about["scores"]["sections"]["together"]
+    assert together["count"] >= 2000
+    assert together["rows"]["fields"]["over_fp32"]["low"] >= -0.01
 
 
 def test_every_section_of_the_scores_is_looked_at(engine: Engine) -> None:
