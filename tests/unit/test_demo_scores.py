@@ -458,25 +458,30 @@ def test_the_table_in_markdown() -> None:
 
 
 def test_differences_stand_under_the_table() -> None:
-    def section(over_baseline: float, over_fp32: float) -> sections.Section:
+    def section(over_baseline: float, over_fp32: float, field: str = "accuracy") -> sections.Section:
         over = [statistics.Score(one, one - 0.032, one + 0.031) for one in (over_baseline, over_fp32)]
         return sections.Section(
-            9, "", {"accuracy": statistics.Row(statistics.Score(0.5, 0.4, 0.6), None, None, None, *over)}
+            9, "", {field: statistics.Row(statistics.Score(0.5, 0.4, 0.6), None, None, None, *over)}
         )
 
     def under(fp32: float) -> list[str]:
-        sections = {"location": section(0.123, 0.0), "location_low_identity": section(-0.02, fp32)}
+        sections = {
+            "location": section(0.123, 0.0),
+            "location_low_identity": section(-0.02, fp32),
+            "together": section(0.0, 0.002, "fields"),
+        }
         text = table.table(scores.Scores("int4", "weights", "bundle", sections))
         return text.split("\n\n")[1].splitlines()
 
-    assert under(-0.004)[:3] == [
+    assert under(-0.004)[:4] == [
         "held-out proteins with a location: int4 over the composition regression: +12.3 points (9.1 to 15.4).",
         "of these, below 30% identity to any training protein found: int4 over the composition regression: "
         "-2.0 points (-5.2 to 1.1).",
+        "held-out questions about molecules and proteins together: int4 against fp32: +0.2 points (-3.0 to 3.3).",
         "Largest loss of int4 against fp32: right, of these, below 30% identity to any training protein found: "
         "-0.4 points (-3.6 to 2.7).",
     ]
-    assert under(0.01)[2] == "Largest loss of int4 against fp32: none."
+    assert under(0.01)[3] == "Largest loss of int4 against fp32: none."
 
 
 def test_every_row_of_the_table_has_a_name(all_right: scores.Scores) -> None:

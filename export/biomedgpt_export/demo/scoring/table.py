@@ -59,13 +59,17 @@ def table(scores: Scores) -> str:
 
 
 def _differences(scores: Scores) -> list[str]:
-    """What the bundle has over the composition regression, and where it loses most against fp32."""
+    """What the bundle has over the composition regression, and what it loses against fp32: over all, and at most."""
     lines = []
     for name in ("location", "location_low_identity"):
         row = scores.sections[name].rows.get("accuracy") if name in scores.sections else None
         if row and row.over_baseline:
             over = _points(row.over_baseline)
             lines.append(f"{_HEADINGS[name]}: {scores.precision} over the composition regression: {over}.")
+    if "together" in scores.sections:
+        over_all = scores.sections["together"].rows["fields"].over_fp32
+        if over_all:
+            lines.append(f"{_HEADINGS['together']}: {scores.precision} against fp32: {_points(over_all)}.")
     over_fp32 = [
         (row.over_fp32, f"{_LABELS[key]}, {_HEADINGS[name]}")
         for name, section in scores.sections.items()
