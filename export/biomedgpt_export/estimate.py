@@ -55,8 +55,9 @@ _SESSION_EXACT: Mapping[GraphPrecision, float] = {**_SESSION, "int8": 8.0}
 # Bytes per logit that is judged: both models' in float32, and log-probabilities, their differences and products in
 # float64.
 _JUDGED = 48
-# A prompt of the parity runs is shorter.
+# Prompts of the parity runs: each is shorter, and this is their mean.
 _PARITY_POSITIONS = 256
+_PARITY_MEAN = 110
 _PARITY_LOGITS = 3 * _FLOAT
 # Allocators, sessions, tokenizer, molecule encoder: what does not grow with the model.
 _REST = 192 * 2**20
@@ -64,8 +65,8 @@ _REST = 192 * 2**20
 # Arithmetic, in passes like those of rounding to nearest, which stands for all that goes value by value.
 # GPTQ: 22 trials of scales at 6 passes, and each column's error on half a block behind it, over the 12 of rounding.
 _GPTQ_PASSES = 18.0
-# Stored, difference and step of the check of rounding; and dequantizing for each prompt of the parity runs.
-_CHECK_PASSES, _PARITY_PASSES = 2.0, 1.5
+# The check of rounding, and dequantizing a layer once for all prompts of the parity runs.
+_CHECK_PASSES, _PARITY_PASSES = 1.2, 0.8
 # Passes of float64 per logit that is judged.
 _JUDGED_PASSES = 10.0
 # The comparison's passes over a text: the recorded answer and the continuation, through both models, and the
@@ -368,8 +369,8 @@ class Subject:
         memory = chosen + max(_COMPARED * table, sessions + running, modules + loading + running)
         values = sum(tower.values for tower in towers.values())
         work = Work(
-            products=_PARITY_RUNS * prompts * 2.0 * _PARITY_POSITIONS * values,
-            rounded=(_CHECK_PASSES + _PARITY_PASSES * prompts) * values,
+            products=_PARITY_RUNS * prompts * 2.0 * _PARITY_MEAN * values,
+            rounded=(_CHECK_PASSES + _PARITY_PASSES) * values,
         )
         kinds = ", ".join([*(kind.__name__.lower() for kind in self.configs.inputs), "text"])
         return Step(f"check parity with the source modules: {kinds}", _REST + memory, work)

@@ -255,10 +255,12 @@ def test_doubled_backslashes_are_read_as_one(folder: Path) -> None:
 def test_a_saved_table_is_used_only_for_the_same_files(
     folder: Path, prepared: PreparedMolecules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared_molecules(folder, tmp_path)
+    said: list[str] = []
+    prepared_molecules(folder, tmp_path, report=said.append)
+    assert said == [f"preparing molecules; this takes minutes, once: they are kept in {tmp_path / 'molecules.npz'}"]
     with monkeypatch.context() as patch:
         patch.setattr(molecules, "split", None)  # would fail if it were called
-        again = prepared_molecules(folder, tmp_path)
+        again = prepared_molecules(folder, tmp_path, report=pytest.fail)
     np.testing.assert_array_equal(again.table.atoms, prepared.table.atoms)
     assert (again.training, again.left_out) == (prepared.training, prepared.left_out)
     monkeypatch.setattr(molecules, "EVERYDAY", {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def _scores(arguments: argparse.Namespace) -> None:
         reference = None
         if arguments.fp32 is not None:
             reference = EngineAnswerer(stack.enter_context(Engine.load(arguments.fp32, threads=arguments.threads)))
-        held_out, training = held_out_and_training(arguments.data, arguments.cache, arguments.threads)
+        held_out, training = held_out_and_training(arguments.data, arguments.cache, arguments.threads, _say)
         found = score(EngineAnswerer(engine), reference, held_out, training, _say)
         if reference is None:
             found = with_recorded_fp32(found, engine.bundle.manifest.about)
@@ -161,9 +161,11 @@ def _scores(arguments: argparse.Namespace) -> None:
     print(table(found), end="")
 
 
-def held_out_and_training(data: Path, cache: Path, workers: int) -> tuple[HeldOut, Training]:
+def held_out_and_training(
+    data: Path, cache: Path, workers: int, report: Callable[[str], None]
+) -> tuple[HeldOut, Training]:
     """What the scores ask about, and what the simple methods learn from."""
-    molecules, split = prepared_molecules(data, cache, workers), proteins(data)
+    molecules, split = prepared_molecules(data, cache, workers, report), proteins(data)
     held_out = HeldOut(
         same_source=molecules.same_source,
         chebi=molecules.chebi,

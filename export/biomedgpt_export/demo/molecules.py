@@ -460,7 +460,9 @@ class PreparedMolecules:
     left_out: dict[str, int]
 
 
-def prepared_molecules(data: Path, cache: Path, workers: int = 1) -> PreparedMolecules:
+def prepared_molecules(
+    data: Path, cache: Path, workers: int = 1, report: Callable[[str], None] = lambda line: None
+) -> PreparedMolecules:
     """The molecules of ``data``, split; kept in ``cache`` as ``molecules.npz`` for the next start."""
     hashes = file_hashes(data)
     known = [(one.smiles, one.shown) for one in well_known()]
@@ -469,6 +471,7 @@ def prepared_molecules(data: Path, cache: Path, workers: int = 1) -> PreparedMol
     path = cache / "molecules.npz"
     stored = _load(path, fingerprint)
     if stored is None:
+        report(f"preparing molecules; this takes minutes, once: they are kept in {path}")
         divided = split(data, workers)
         table, left_out = molecule_table(divided.training, workers)
         training = [smiles for smiles, _ in divided.training]

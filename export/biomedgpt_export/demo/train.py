@@ -252,13 +252,13 @@ def tokenizer_file(out: Path) -> Path:
     return out / "state" / "tokenizer.model"
 
 
-def load_parts(options: TrainOptions) -> Parts:
+def load_parts(options: TrainOptions, log: Callable[[str], None]) -> Parts:
     """Prepared data and the tokenizer, kept under ``state`` in the output folder.
 
     The tokenizer is made anew unless there is a run to be continued, which goes with the one it began with.
     """
     state = options.out / "state"
-    molecules = prepared_molecules(options.data, state, options.threads)
+    molecules = prepared_molecules(options.data, state, options.threads, log)
     split = proteins(options.data)
     path = tokenizer_file(options.out)
     if not (path.exists() and (state / STATE).exists()):
@@ -282,7 +282,7 @@ def train(options: TrainOptions, log: Callable[[str], None], stop_after: int | N
         raise TrainingDataError(
             f"the output folder cannot be made: {error}.", seen=str(options.out), remedy="Name another one with --out."
         ) from error
-    parts = load_parts(options)
+    parts = load_parts(options, log)
     molecules, split = parts.molecules, parts.split
     log(
         f"{len(molecules.training)} molecules in {len(molecules.table)} spellings; held out: "
