@@ -20,7 +20,7 @@ from .decoder.onnx import OnnxDecoder
 from .device_cache import verify_once
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
-from .generate import AnswerText, Finish, Generation, Timings, generate
+from .generate import AnswerText, Finish, Generation, Timings, generate, prefill
 from .inputs import Molecule, Protein
 from .prompt import Input, MoleculeSegment, Prompt, ProteinSegment, Segment, TokenSegment, Turn, build_prompt
 from .sampling import GenerationOptions, OptionArguments
@@ -232,8 +232,9 @@ class Engine:
     def first_logits(self, prompt: PreparedPrompt) -> Logits:
         """Logits of the first answer token, float32 ``[vocabulary rows]``, the row of ``[PAD]`` included."""
         with self._loaded_decoder().open(len(prompt)) as state:
-            logits: Logits = state.prefill(prompt.embeddings).copy()
-            return logits
+            *_, logits = prefill(state, prompt.embeddings)
+            first: Logits = logits.copy()
+            return first
 
     def close(self) -> None:
         """Frees the models once the streams that are still open have ended; those can be finished."""
@@ -260,7 +261,7 @@ class Engine:
     ) -> Generator[Piece, None, None]:
         tokenizer = self.bundle.tokenizer
         text = AnswerText(tokenizer, options.stop)
-        for token in generate(decoder, prompt.embeddings, options, tokenizer, result):
+        for token in generate(decoder.open, prompt.embeddings, options, tokenizer, result):
             yield Piece(text.push(token), token)
             if text.stopped:
                 result.finish = "stop"

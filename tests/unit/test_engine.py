@@ -40,8 +40,8 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[OnnxState]]:
     opened: list[weakref.ref[OnnxState]] = []
     original = OnnxDecoder.open
 
-    def recording(self: OnnxDecoder, capacity: int) -> OnnxState:
-        state = original(self, capacity)
+    def recording(self: OnnxDecoder, capacity: int, start: np.ndarray | None = None) -> OnnxState:
+        state = original(self, capacity, start)
         opened.append(weakref.ref(state))
         return state
 
