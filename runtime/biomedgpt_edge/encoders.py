@@ -17,6 +17,7 @@ from .errors import MissingModalityError
 from .inputs import Molecule, Protein
 from .molecule_graph import BOND_DIRECTIONS, BOND_TYPES, dense
 from .ort_session import open_session, running
+from .prompt import content_of
 from .protein_tokens import residue_ids
 
 # A 1,022-residue protein through ESM-2 3B takes 10 MiB; the bound keeps an 8 GB box safe in a long session.
@@ -57,7 +58,7 @@ class Encoders:
             MissingModalityError: see :meth:`check`.
         """
         self.check(item)
-        key = f"{type(item).__name__}:{item.digest}"
+        key = content_of(item)
         features = self._cache.get(key)
         if features is None:
             features = self._encode_molecule(item) if isinstance(item, Molecule) else self._encode_protein(item)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -17,11 +19,12 @@ import numpy.typing as npt
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
 from .decoder.onnx import OnnxDecoder
-from .device_cache import verify_once
+from .device_cache import ArrayFolder, CacheCounts, verify_once
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
-from .generate import AnswerText, Finish, Generation, Timings, generate, prefill
+from .generate import AnswerText, Finish, Generation, Opening, Timings, generate, prefill
 from .inputs import Molecule, Protein
+from .kv_reuse import Conversation, Positions, TemplatePrefixes
 from .prompt import Input, MoleculeSegment, Prompt, ProteinSegment, Segment, TokenSegment, Turn, build_prompt
 from .sampling import GenerationOptions, OptionArguments
 from .splice import FeaturePart, Projection, TokenPart, splice
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEMO_BUNDLE = Path(__file__).parent / "demo_bundle"
+# Of the 7B, the beginning before a molecule takes 49 MB: enough for several bundles and versions of onnxruntime.
+_PREFIX_FOLDER_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -157,13 +162,23 @@ class AnswerStream:
 class Engine:
     """A bundle, loaded: :meth:`ask`, :meth:`stream`, :meth:`chat`. Make one with :meth:`load`; a context manager."""
 
-    def __init__(self, bundle: Bundle, decoder: Decoder, *, threads: int, allow_16bit: bool | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        decoder: Decoder,
+        *,
+        threads: int,
+        allow_16bit: bool | None = None,
+        prefix_folder: ArrayFolder | None = None,
+    ) -> None:
         self.bundle = bundle
         # Bundles that store 16 or 4 bits have nothing to lose by 16-bit operands; a fp32 one stays what was exported.
         self._allow_16bit = bundle.manifest.precision != "fp32" if allow_16bit is None else allow_16bit
-        self._decoder: Decoder | None = decoder
+        self._prefixes: TemplatePrefixes | None = TemplatePrefixes(decoder, bundle, prefix_folder)
+        self._prefix_folder = prefix_folder
         self._encoders = Encoders(bundle, threads=threads)
         self._threads = threads
+        self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
 
     @classmethod
     def load(
@@ -199,7 +214,13 @@ class Engine:
             bundle.verify()
         elif verify == "once":
             verify_once(bundle)
-        return cls(bundle, OnnxDecoder(bundle, threads=count), threads=count, allow_16bit=allow_16bit)
+        return cls(
+            bundle,
+            OnnxDecoder(bundle, threads=count),
+            threads=count,
+            allow_16bit=allow_16bit,
+            prefix_folder=ArrayFolder("prefixes", _PREFIX_FOLDER_BYTES),
+        )
 
     def ask(self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]) -> Answer:
         """Answers one question about molecules and proteins, or about none.
@@ -219,11 +240,16 @@ class Engine:
         self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]
     ) -> AnswerStream:
         """As :meth:`ask`, piece by piece."""
-        return self._stream([Turn(question, _checked(inputs))], raw, GenerationOptions(**options))
+        return self._stream([Turn(question, _checked(inputs))], raw, GenerationOptions(**options), None)
 
     def chat(self, *, raw: bool = False) -> Chat:
         """A conversation that remembers its inputs, questions and answers."""
         return Chat(self, raw=raw)
+
+    @property
+    def prefix_counts(self) -> CacheCounts:
+        """How the device cache served the template's keys and values: found, absent (then computed) or damaged."""
+        return CacheCounts() if self._prefix_folder is None else self._prefix_folder.counts
 
     def prepare(self, question: str, *inputs: Input, raw: bool = False) -> PreparedPrompt:
         """The prompt that :meth:`ask` would give to the decoder, for looking at or for :meth:`first_logits`."""
@@ -231,15 +257,17 @@ class Engine:
 
     def first_logits(self, prompt: PreparedPrompt) -> Logits:
         """Logits of the first answer token, float32 ``[vocabulary rows]``, the row of ``[PAD]`` included."""
-        with self._loaded_decoder().open(len(prompt)) as state:
+        with self._loaded().decoder.open(len(prompt)) as state:
             *_, logits = prefill(state, prompt.embeddings)
             first: Logits = logits.copy()
             return first
 
     def close(self) -> None:
         """Frees the models once the streams that are still open have ended; those can be finished."""
-        self._decoder = None
+        self._prefixes = None
         self._encoders = Encoders(self.bundle, threads=self._threads)
+        for conversation in list(self._conversations):
+            conversation.release(final=True)
 
     def __enter__(self) -> Engine:
         return self
@@ -249,30 +277,44 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _stream(self, turns: list[Turn], raw: bool, options: GenerationOptions) -> AnswerStream:
+    def _stream(
+        self, turns: list[Turn], raw: bool, options: GenerationOptions, conversation: Conversation | None
+    ) -> AnswerStream:
         # Taken now, so that a stream can be finished after the engine was closed.
-        decoder = self._loaded_decoder()
+        prefixes = self._loaded()
         prompt = self._prepare(turns, raw, new_tokens=options.max_new_tokens)
         result = Generation(prompt.timings)
-        return AnswerStream(self._pieces(decoder, prompt, options, result), result, prompt.notes)
+        if conversation is None:
+            opening: Opening = partial(prefixes.open, prompt.token_ids)
+        else:
+            positions = Positions.of(prompt.segments, prompt.token_ids)
+            opening = partial(conversation.open, prefixes, positions, result.token_ids)
+        return AnswerStream(self._pieces(opening, prompt, options, result), result, prompt.notes)
+
+    def _conversation(self) -> Conversation:
+        conversation = Conversation(self.bundle.manifest.decoder.context)
+        self._conversations.add(conversation)
+        return conversation
 
     def _pieces(
-        self, decoder: Decoder, prompt: PreparedPrompt, options: GenerationOptions, result: Generation
+        self, opening: Opening, prompt: PreparedPrompt, options: GenerationOptions, result: Generation
     ) -> Generator[Piece, None, None]:
         tokenizer = self.bundle.tokenizer
         text = AnswerText(tokenizer, options.stop)
-        for token in generate(decoder.open, prompt.embeddings, options, tokenizer, result):
-            yield Piece(text.push(token), token)
-            if text.stopped:
-                result.finish = "stop"
-                return
+        # Closed here and not when it is collected, so that its state is free, or kept, as soon as this ends.
+        with contextlib.closing(generate(opening, prompt.embeddings, options, tokenizer, result)) as tokens:
+            for token in tokens:
+                yield Piece(text.push(token), token)
+                if text.stopped:
+                    result.finish = "stop"
+                    return
         rest = text.finish()
         if rest:
             yield Piece(rest, None)
 
     def _prepare(self, turns: list[Turn], raw: bool, new_tokens: int) -> PreparedPrompt:
         started = time.perf_counter()
-        self._loaded_decoder()
+        self._loaded()
         prompt = build_prompt(self.bundle.manifest.prompt, turns, self.bundle.tokenizer, raw=raw)
         inputs = [item for turn in turns for item in turn.inputs]
         for item in inputs:
@@ -319,22 +361,26 @@ class Engine:
             remedy=remedy,
         )
 
-    def _loaded_decoder(self) -> Decoder:
-        if self._decoder is None:
+    def _loaded(self) -> TemplatePrefixes:
+        """What opens states of the decoder."""
+        if self._prefixes is None:
             raise ClosedError("the engine is closed.", remedy="Load the bundle again.")
-        return self._decoder
+        return self._prefixes
 
 
 @dataclass
 class Chat:
-    """A conversation over plain text: each turn reads all earlier ones again, as the weights were demonstrated.
+    """A conversation over plain text: each turn's prompt holds all earlier ones, as the weights were demonstrated.
 
     Only complete answers are remembered; a stream that is closed before its end leaves the conversation as it was.
+    What turns have in common is computed once: its KV cache is kept until the chat is dropped, :meth:`release` is
+    called or the engine is closed.
     """
 
     engine: Engine
     raw: bool = False
     turns: list[Turn] = field(default_factory=list)
+    _conversation: Conversation | None = field(default=None, init=False, repr=False, compare=False)
 
     def ask(self, question: str, *inputs: Input, **options: Unpack[OptionArguments]) -> Answer:
         """See :meth:`Engine.ask`; inputs of earlier turns stay in the conversation."""
@@ -343,12 +389,20 @@ class Chat:
     def stream(self, question: str, *inputs: Input, **options: Unpack[OptionArguments]) -> AnswerStream:
         """See :meth:`Engine.stream`."""
         turn = Turn(question, _checked(inputs))
-        stream = self.engine._stream([*self.turns, turn], self.raw, GenerationOptions(**options))
+        if self._conversation is None:
+            self._conversation = self.engine._conversation()
+        turns = [*self.turns, turn]
+        stream = self.engine._stream(turns, self.raw, GenerationOptions(**options), self._conversation)
         return AnswerStream(self._remember(turn, stream, len(self.turns)), stream._result, stream.notes)
 
     def prepare(self, question: str, *inputs: Input) -> PreparedPrompt:
         """See :meth:`Engine.prepare`."""
         return self.engine._prepare([*self.turns, Turn(question, _checked(inputs))], self.raw, new_tokens=0)
+
+    def release(self) -> None:
+        """Frees the KV cache; the conversation goes on, and its next turn is read from the beginning."""
+        if self._conversation is not None:
+            self._conversation.release()
 
     def _remember(self, turn: Turn, stream: AnswerStream, known: int) -> Generator[Piece, None, None]:
         with stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -97,7 +97,7 @@ def generate(
     options: GenerationOptions,
     tokenizer: Tokenizer,
     result: Generation,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yields the tokens of one answer, without EOS; closing the iterator leaves the decoder's state.
 
     Args:
