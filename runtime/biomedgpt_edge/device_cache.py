@@ -3,8 +3,7 @@
 * The stamp that says a bundle's hashes were checked once. It holds each file's inode, size and times, so a file that
   was replaced or rewritten is hashed again.
 * The keys and values of the template's beginnings.
-
-Nothing of a question is written here unless that is asked for.
+* The soft tokens of molecules and proteins, where that is asked for. Nothing else of a question is ever written here.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ import numpy.typing as npt
 from .bundle import Bundle
 from .errors import PlatformError
 
+# The folders inside the cache.
+VERIFIED, PREFIXES, SOFT_TOKENS = "verified", "prefixes", "soft_tokens"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -43,6 +44,44 @@ def cache_folder() -> Path:
         raise PlatformError("this user has no home folder.", remedy="Set BIOMEDGPT_EDGE_CACHE.") from error
 
 
+@dataclass(frozen=True)
+class FolderUse:
+    """What one folder of the cache holds."""
+
+    name: str
+    files: int
+    bytes: int
+
+
+def cache_use() -> list[FolderUse]:
+    """What each folder of the cache holds; one that is not there holds nothing.
+
+    Raises:
+        PlatformError: see :func:`cache_folder`.
+    """
+    found = [(name, [path.stat().st_size for path in _files(name)]) for name in (VERIFIED, PREFIXES, SOFT_TOKENS)]
+    return [FolderUse(name, len(sizes), sum(sizes)) for name, sizes in found]
+
+
+def clear_cache() -> list[FolderUse]:
+    """Removes everything that this program keeps in the cache, and nothing else; returns what that was.
+
+    Raises:
+        PlatformError: see :func:`cache_folder`.
+        OSError: a file cannot be removed.
+    """
+    use = cache_use()
+    for folder in use:
+        for path in _files(folder.name):
+            path.unlink(missing_ok=True)
+    return use
+
+
+def _files(name: str) -> list[Path]:
+    folder = cache_folder() / name
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
 def verify_once(bundle: Bundle) -> None:
     """Checks every hash of ``bundle`` unless a stamp says that these very files were checked before.
 
@@ -53,7 +92,7 @@ def verify_once(bundle: Bundle) -> None:
     try:
         # By place too: two copies of one bundle, as in A/B updates, each keep their stamp.
         place = hashlib.sha256(os.fsencode(bundle.path)).hexdigest()[:16]
-        path = cache_folder() / "verified" / f"{bundle.digest}-{place}.json"
+        path = cache_folder() / VERIFIED / f"{bundle.digest}-{place}.json"
         if path.read_text(encoding="utf-8") == stamp:
             return
     except PlatformError:
@@ -120,7 +159,7 @@ class ArrayFolder:
             return
         with contextlib.suppress(OSError, PlatformError):
             path = self._path(key)
-            _write_atomic(path, hashlib.sha256(array).digest(), array.data)
+            _write_atomic(path, hashlib.sha256(array.data).digest(), array.data)
             path.parent.chmod(0o700)
             self._evict(path.parent)
 
@@ -142,7 +181,7 @@ def _intact(file: BinaryIO, shape: tuple[int, ...]) -> npt.NDArray[np.float32] |
         return None
     digest = file.read(_DIGEST_SIZE)
     array = np.asarray(np.memmap(file, np.float32, "r", _DIGEST_SIZE, shape))
-    return array if hashlib.sha256(array).digest() == digest else None
+    return array if hashlib.sha256(array.data).digest() == digest else None
 
 
 def _write_atomic(path: Path, *contents: bytes | memoryview) -> None:

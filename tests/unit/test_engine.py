@@ -23,7 +23,8 @@ from biomedgpt_edge.errors import (
     PlatformError,
     PromptTooLongError,
 )
-from biomedgpt_edge.splice import splice
+from biomedgpt_edge.prompt import TokenSegment
+from biomedgpt_edge.splice import FeaturePart, TokenPart, splice
 
 ETHANOL = Molecule.from_smiles("CCO")
 
@@ -79,7 +80,13 @@ def test_only_what_is_stored_in_few_bits_is_multiplied_in_few_bits(
     inputs = [ETHANOL, Protein.from_sequence("MKVLAAGIC")]
     with Engine.load(tiny_bundles(precision)) as engine:
         prepared = engine.prepare("What are these?", *inputs)
-        parts = [engine._part(segment) for segment in prepared.segments]
+        items = iter(inputs)
+        parts = [
+            TokenPart(segment.ids)
+            if isinstance(segment, TokenSegment)
+            else FeaturePart(engine._encoders.encode(item := next(items)), engine._projection(item))
+            for segment in prepared.segments
+        ]
         allowed, forbidden = (
             splice(parts, engine.bundle.embeddings, threads=1, allow_16bit=rounded) for rounded in (True, False)
         )

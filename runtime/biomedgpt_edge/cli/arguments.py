@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..engine import Engine
 from ..errors import InputFileError
 from ..inputs import Molecule, Protein
 from ..prompt import Input
@@ -17,6 +18,22 @@ _PROTEIN_FILES = (".fasta", ".fa", ".faa", ".fas", ".seq", ".txt")
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="B", help="bundle folder (default: the packaged demo model)")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
+    parser.add_argument("--low-memory", action="store_true", help="close each encoder as soon as it has read an input")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="such as 6GiB: shortens the context to what fits")
+    parser.add_argument(
+        "--keep-soft-tokens", action="store_true", help="keep what encoders made of inputs on disk ('cache clear')"
+    )
+
+
+def load_engine(options: argparse.Namespace) -> Engine:
+    """The engine that the options of :func:`add_bundle` ask for."""
+    return Engine.load(
+        options.bundle,
+        threads=options.threads,
+        low_memory=options.low_memory,
+        memory_limit=options.memory_limit,
+        keep_soft_tokens=options.keep_soft_tokens,
+    )
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:

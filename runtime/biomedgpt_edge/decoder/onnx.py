@@ -19,7 +19,7 @@ import onnxruntime as ort
 from ..bundle import Bundle
 from ..errors import ClosedError, KernelArgumentError, PlatformError
 from ..manifest import DecoderSpec
-from ..ort_session import Signature, open_session, running
+from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, KeyValues, Logits
 
@@ -44,7 +44,7 @@ class OnnxDecoder:
         self.table = bundle.embeddings
         inputs, outputs = _signature(self.spec)
         self.session = open_session(bundle.file(self.spec.graph), threads=threads, inputs=inputs, outputs=outputs)
-        self.identity = f"onnxruntime {ort.__version__}, CPU, {threads} threads"
+        self.identity = identity(threads)
 
     @property
     def tile(self) -> int:
