@@ -30,6 +30,7 @@ from .ort_session import identity
 from .prompt import Input, MoleculeSegment, Prompt, ProteinSegment, Segment, TokenSegment, Turn, build_prompt
 from .sampling import GenerationOptions, OptionArguments
 from .soft_tokens import CACHE_BYTES, SoftTokenCache
+from .speculation import PromptLookup
 from .splice import FeaturePart, Projection, TokenPart, splice
 
 if TYPE_CHECKING:
@@ -317,7 +318,10 @@ class Engine:
         else:
             positions = Positions.of(prompt.segments, prompt.token_ids)
             opening = partial(conversation.open, prefixes, positions, result.token_ids)
-        tokens = generate(opening, prompt.embeddings, options, self.bundle.tokenizer, result)
+        # Elsewhere a token may change at a near tie, so it must be asked for.
+        speculate = prefixes.decoder.tile == 1 if options.speculate is None else options.speculate
+        lookup = PromptLookup(prompt.token_ids.tolist()) if speculate else None
+        tokens = generate(opening, prompt.embeddings, options, self.bundle.tokenizer, result, lookup)
         return AnswerStream(self._pieces(tokens, options, result), result, prompt.notes)
 
     def _release_others(self, conversation: Conversation | None) -> None:

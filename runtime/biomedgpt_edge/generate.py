@@ -11,6 +11,7 @@ from typing import Literal
 
 from .decoder.base import DecoderState, Embeddings, Logits
 from .sampling import GenerationOptions, Sampler
+from .speculation import PromptLookup, Speculation
 from .tokenizer import Tokenizer
 
 Finish = Literal["eos", "length", "stop"]
@@ -38,7 +39,9 @@ class Timings:
         prompt_tokens: positions of the prompt, soft tokens included.
         cached_tokens: those of them whose keys and values were there already.
         new_tokens: tokens of the answer.
-        steps: decoder steps behind ``decode``.
+        steps: tokens behind ``decode``; each is a call of the decoder unless it was drafted and accepted.
+        drafted: tokens that were proposed by speculation.
+        accepted: those of them that were chosen.
     """
 
     featurize: float = 0.0
@@ -52,6 +55,8 @@ class Timings:
     cached_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tpot(self) -> float | None:
@@ -97,6 +102,7 @@ def generate(
     options: GenerationOptions,
     tokenizer: Tokenizer,
     result: Generation,
+    lookup: PromptLookup | None = None,
 ) -> Generator[int, None, None]:
     """Yields the tokens of one answer, without EOS; closing the iterator leaves the decoder's state.
 
@@ -105,6 +111,7 @@ def generate(
         embeddings: the prompt, float32 ``[T, hidden]``.
         result: receives tokens, timings and the reason for the end; its ``cancelled`` event, which any thread may set,
             ends the answer before the next step or chunk of the prompt.
+        lookup: holds the prompt's ids; given, tokens that may follow are computed several at a time.
     """
     started = clock = time.perf_counter()
     sampler = Sampler(options, len(tokenizer))
@@ -115,6 +122,7 @@ def generate(
             if result.cancelled.is_set():
                 return
         timings.prefill = time.perf_counter() - clock
+        ahead = None if lookup is None else Speculation(state, lookup, options.max_new_tokens - 1)
         for index in range(options.max_new_tokens):
             token = sampler.choose(logits)
             if index == 0:
@@ -129,9 +137,11 @@ def generate(
                 return
             if index + 1 < options.max_new_tokens:
                 clock = time.perf_counter()
-                logits = state.step(token)
+                logits = state.step(token) if ahead is None else ahead.step(token)
                 timings.decode += time.perf_counter() - clock
                 timings.steps += 1
+                if ahead is not None:
+                    timings.drafted, timings.accepted = ahead.drafted, ahead.accepted
 
 
 class AnswerText:

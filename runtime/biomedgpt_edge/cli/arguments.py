@@ -73,6 +73,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that reach P")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
     parser.add_argument("--seed", type=int, metavar="S", help="of the draw: the same seed, the same answer")
+    parser.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        help="try several tokens at once where the text repeats (default: where no token can change)",
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
 
 
@@ -116,6 +121,7 @@ def generation_options(options: argparse.Namespace) -> OptionArguments:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         stop=tuple(options.stop),
+        speculate=options.speculate,
     )
 
 
