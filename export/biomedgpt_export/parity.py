@@ -21,7 +21,7 @@ import torch
 
 from biomedgpt_edge import Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder.base import DecoderState
+from biomedgpt_edge.decoder.base import DecoderState, KeyValues
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
 from biomedgpt_edge.manifest import FileEntry
@@ -156,7 +156,10 @@ def _exported(bundle: Bundle, threads: int) -> dict[str, _Exported]:
 class _NoDecoder:
     """Where an engine is to prepare prompts and no more."""
 
-    def open(self, capacity: int) -> DecoderState:
+    tile = 1
+    identity = "none"
+
+    def open(self, capacity: int, start: KeyValues | None = None) -> DecoderState:
         raise TypeError("an engine that was to prepare prompts was asked for tokens")
 
 

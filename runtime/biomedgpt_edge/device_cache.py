@@ -1,19 +1,32 @@
 """What is derived on this box and can always be derived again.
 
-So far that is one thing: the stamp that says a bundle's hashes were checked once. The stamp holds each file's inode,
-size and times, so a file that was replaced or rewritten is hashed again. Nothing of a question is ever written here.
+* The stamp that says a bundle's hashes were checked once. It holds each file's inode, size and times, so a file that
+  was replaced or rewritten is hashed again.
+* The keys and values of the template's beginnings.
+* The soft tokens of molecules and proteins, where that is asked for. Nothing else of a question is ever written here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from .bundle import Bundle
 from .errors import PlatformError
+
+# The folders inside the cache.
+VERIFIED, PREFIXES, SOFT_TOKENS = "verified", "prefixes", "soft_tokens"
+_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
@@ -31,6 +44,44 @@ def cache_folder() -> Path:
         raise PlatformError("this user has no home folder.", remedy="Set BIOMEDGPT_EDGE_CACHE.") from error
 
 
+@dataclass(frozen=True)
+class FolderUse:
+    """What one folder of the cache holds."""
+
+    name: str
+    files: int
+    bytes: int
+
+
+def cache_use() -> list[FolderUse]:
+    """What each folder of the cache holds; one that is not there holds nothing.
+
+    Raises:
+        PlatformError: see :func:`cache_folder`.
+    """
+    found = [(name, [path.stat().st_size for path in _files(name)]) for name in (VERIFIED, PREFIXES, SOFT_TOKENS)]
+    return [FolderUse(name, len(sizes), sum(sizes)) for name, sizes in found]
+
+
+def clear_cache() -> list[FolderUse]:
+    """Removes everything that this program keeps in the cache, and nothing else; returns what that was.
+
+    Raises:
+        PlatformError: see :func:`cache_folder`.
+        OSError: a file cannot be removed.
+    """
+    use = cache_use()
+    for folder in use:
+        for path in _files(folder.name):
+            path.unlink(missing_ok=True)
+    return use
+
+
+def _files(name: str) -> list[Path]:
+    folder = cache_folder() / name
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
 def verify_once(bundle: Bundle) -> None:
     """Checks every hash of ``bundle`` unless a stamp says that these very files were checked before.
 
@@ -41,7 +92,7 @@ def verify_once(bundle: Bundle) -> None:
     try:
         # By place too: two copies of one bundle, as in A/B updates, each keep their stamp.
         place = hashlib.sha256(os.fsencode(bundle.path)).hexdigest()[:16]
-        path = cache_folder() / "verified" / f"{bundle.digest}-{place}.json"
+        path = cache_folder() / VERIFIED / f"{bundle.digest}-{place}.json"
         if path.read_text(encoding="utf-8") == stamp:
             return
     except PlatformError:
@@ -50,7 +101,7 @@ def verify_once(bundle: Bundle) -> None:
     except (OSError, UnicodeDecodeError):
         pass  # No stamp, or none that can be read: check the hashes.
     bundle.verify()
-    _write_atomic(path, stamp)
+    _write_atomic(path, stamp.encode())
 
 
 def _stamp(bundle: Bundle) -> str:
@@ -61,16 +112,89 @@ def _stamp(bundle: Bundle) -> str:
     return json.dumps(states, sort_keys=True)
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    """Writes ``path`` whole or not at all; a box whose cache cannot be written only hashes again next time."""
+@dataclass
+class CacheCounts:
+    """How often something was found in a folder of the cache, was absent, or was damaged: then it is made again."""
+
+    found: int = 0
+    absent: int = 0
+    damaged: int = 0
+
+
+class ArrayFolder:
+    """Arrays that can be computed again, each a file of its own: SHA-256 of the values, then the values, float32.
+
+    The folder is private to the user. What was used longest ago goes first when the files take more than ``limit``
+    bytes. A folder that cannot be written or read is an empty one.
+
+    Attributes:
+        counts: of :meth:`load`, since this object was made.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.counts = CacheCounts()
+        self._name = name
+        self._limit = limit
+
+    def load(self, key: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+        """The array called ``key``, mapped and read-only; None if it is absent, damaged or of another shape."""
+        try:
+            path = self._path(key)
+            with path.open("rb") as file:
+                array = _intact(file, shape)
+        except (OSError, PlatformError):
+            self.counts.absent += 1
+            return None
+        if array is None:
+            self.counts.damaged += 1
+            return None
+        self.counts.found += 1
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return array
+
+    def save(self, key: str, array: npt.NDArray[np.float32]) -> None:
+        """Keeps ``array`` [any shape], C-contiguous, if there is room for it."""
+        if array.nbytes + _DIGEST_SIZE > self._limit:
+            return
+        with contextlib.suppress(OSError, PlatformError):
+            path = self._path(key)
+            _write_atomic(path, hashlib.sha256(array.data).digest(), array.data)
+            path.parent.chmod(0o700)
+            self._evict(path.parent)
+
+    def _path(self, key: str) -> Path:
+        return cache_folder() / self._name / key
+
+    def _evict(self, folder: Path) -> None:
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.iterdir())
+        excess = sum(size for _, size, _ in files) - self._limit
+        for _, size, path in files:
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def _intact(file: BinaryIO, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+    if os.fstat(file.fileno()).st_size != _DIGEST_SIZE + 4 * math.prod(shape):
+        return None
+    digest = file.read(_DIGEST_SIZE)
+    array = np.asarray(np.memmap(file, np.float32, "r", _DIGEST_SIZE, shape))
+    return array if hashlib.sha256(array.data).digest() == digest else None
+
+
+def _write_atomic(path: Path, *contents: bytes | memoryview) -> None:
+    """Writes ``path`` whole or not at all; a box whose cache cannot be written derives it again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
     except OSError:
         return
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            for content in contents:
+                file.write(content)
         os.replace(temporary, path)
     except OSError:
         Path(temporary).unlink(missing_ok=True)

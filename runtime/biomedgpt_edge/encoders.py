@@ -1,12 +1,8 @@
-"""Molecule and protein encoders: opened on first use, results kept in memory.
-
-Features are kept by content, so a second question about the same molecule or protein costs nothing here.
-"""
+"""Molecule and protein encoders: opened on first use, and closed again when their memory is wanted."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +14,6 @@ from .inputs import Molecule, Protein
 from .molecule_graph import BOND_DIRECTIONS, BOND_TYPES, dense
 from .ort_session import open_session, running
 from .protein_tokens import residue_ids
-
-# A 1,022-residue protein through ESM-2 3B takes 10 MiB; the bound keeps an 8 GB box safe in a long session.
-CACHE_BYTES = 64 * 2**20
 
 Features = npt.NDArray[np.float32]
 
@@ -34,7 +27,6 @@ class Encoders:
         self._lock = threading.Lock()
         self._molecule: ort.InferenceSession | None = None
         self._protein: ort.InferenceSession | None = None
-        self._cache = _FeatureCache(CACHE_BYTES)
 
     def check(self, item: Molecule | Protein) -> None:
         """Raises:
@@ -57,13 +49,12 @@ class Encoders:
             MissingModalityError: see :meth:`check`.
         """
         self.check(item)
-        key = f"{type(item).__name__}:{item.digest}"
-        features = self._cache.get(key)
-        if features is None:
-            features = self._encode_molecule(item) if isinstance(item, Molecule) else self._encode_protein(item)
-            features.setflags(write=False)
-            self._cache.put(key, features)
-        return features
+        return self._encode_molecule(item) if isinstance(item, Molecule) else self._encode_protein(item)
+
+    def release(self) -> None:
+        """Frees both encoders as soon as no other thread runs them; they open again when they are needed."""
+        with self._lock:
+            self._molecule = self._protein = None
 
     def _encode_molecule(self, molecule: Molecule) -> Features:
         graph = dense(molecule.graph)
@@ -115,27 +106,3 @@ class Encoders:
                     outputs={"residue_features": ("tensor(float)", [1, None, spec.width])},
                 )
             return self._protein
-
-
-class _FeatureCache:
-    """The most recently used features, up to a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._bytes = 0
-        self._items: OrderedDict[str, Features] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> Features | None:
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-            return self._items.get(key)
-
-    def put(self, key: str, features: Features) -> None:
-        with self._lock:
-            previous = self._items.pop(key, None)
-            self._bytes += features.nbytes - (0 if previous is None else previous.nbytes)
-            self._items[key] = features
-            while self._bytes > self._limit:
-                self._bytes -= self._items.popitem(last=False)[1].nbytes

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -17,19 +19,27 @@ import numpy.typing as npt
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
 from .decoder.onnx import OnnxDecoder
-from .device_cache import verify_once
+from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, verify_once
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
-from .generate import AnswerText, Finish, Generation, Timings, generate
+from .generate import AnswerText, Finish, Generation, Opening, Timings, generate, prefill
 from .inputs import Molecule, Protein
+from .kv_reuse import Conversation, Positions, TemplatePrefixes
+from .memory import context_within, parse_size
+from .ort_session import identity
 from .prompt import Input, MoleculeSegment, Prompt, ProteinSegment, Segment, TokenSegment, Turn, build_prompt
 from .sampling import GenerationOptions, OptionArguments
+from .soft_tokens import CACHE_BYTES, SoftTokenCache
+from .speculation import PromptLookup
 from .splice import FeaturePart, Projection, TokenPart, splice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEMO_BUNDLE = Path(__file__).parent / "demo_bundle"
+# Of the 7B, the beginning before a molecule takes 49 MB: enough for several bundles and versions of onnxruntime.
+_PREFIX_FOLDER_BYTES = 512 * 2**20
+_SOFT_TOKEN_FOLDER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -157,13 +167,30 @@ class AnswerStream:
 class Engine:
     """A bundle, loaded: :meth:`ask`, :meth:`stream`, :meth:`chat`. Make one with :meth:`load`; a context manager."""
 
-    def __init__(self, bundle: Bundle, decoder: Decoder, *, threads: int, allow_16bit: bool | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        decoder: Decoder,
+        *,
+        threads: int,
+        allow_16bit: bool | None = None,
+        prefix_folder: ArrayFolder | None = None,
+        soft_token_folder: ArrayFolder | None = None,
+        low_memory: bool = False,
+        context: int | None = None,
+    ) -> None:
         self.bundle = bundle
         # Bundles that store 16 or 4 bits have nothing to lose by 16-bit operands; a fp32 one stays what was exported.
         self._allow_16bit = bundle.manifest.precision != "fp32" if allow_16bit is None else allow_16bit
-        self._decoder: Decoder | None = decoder
+        self._prefixes: TemplatePrefixes | None = TemplatePrefixes(decoder, bundle, prefix_folder)
+        self._prefix_folder = prefix_folder
         self._encoders = Encoders(bundle, threads=threads)
+        bits = f"{bundle.digest}, {identity(threads)}, 16 bits: {self._allow_16bit}"
+        self._soft_tokens = SoftTokenCache(CACHE_BYTES, folder=soft_token_folder, identity=bits)
         self._threads = threads
+        self._low_memory = low_memory
+        self._context = bundle.manifest.decoder.context if context is None else context
+        self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
 
     @classmethod
     def load(
@@ -173,6 +200,9 @@ class Engine:
         threads: int | None = None,
         verify: Literal["once", "full", "sizes"] = "once",
         allow_16bit: bool | None = None,
+        low_memory: bool = False,
+        memory_limit: int | str | None = None,
+        keep_soft_tokens: bool = False,
     ) -> Engine:
         """Opens a bundle and loads its decoder; encoders open when they are first needed.
 
@@ -184,22 +214,39 @@ class Engine:
             allow_16bit: whether features and weights may be rounded to bfloat16 where they are projected, which is
                 faster on processors with instructions for it; left out, in bundles that store 16 or 4 bits, and not in
                 fp32 ones.
+            low_memory: encoders are closed as soon as they have read an input, and open anew for the next.
+            memory_limit: bytes, or a text such as "6GiB", that one answer at a time shall do with. It shortens the
+                context (see :func:`memory.context_within`), and a chat's KV cache gives way to another answer.
+            keep_soft_tokens: keep what encoders made of molecules and proteins on disk too, in a private folder of the
+                device cache of at most 1 GiB. Nothing of a question is written otherwise.
 
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
-            OptionError: ``threads`` or ``verify`` is out of range.
+            OptionError: ``threads``, ``verify`` or ``memory_limit`` is out of range.
+            MemoryLimitError: ``memory_limit`` holds no model and answer.
         """
         count = available_threads() if threads is None else threads
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
             raise OptionError(f"threads is {threads!r}.", limit="1 to 1024", remedy="Give a number of threads.")
         if verify not in ("once", "full", "sizes"):
             raise OptionError(f"verify is {verify!r}.", remedy="Give 'once', 'full' or 'sizes'.")
+        limit = None if memory_limit is None else parse_size(memory_limit)
         bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
+        context = None if limit is None else context_within(bundle, limit, low_memory=low_memory)
         if verify == "full":
             bundle.verify()
         elif verify == "once":
             verify_once(bundle)
-        return cls(bundle, OnnxDecoder(bundle, threads=count), threads=count, allow_16bit=allow_16bit)
+        return cls(
+            bundle,
+            OnnxDecoder(bundle, threads=count),
+            threads=count,
+            allow_16bit=allow_16bit,
+            prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),
+            soft_token_folder=ArrayFolder(SOFT_TOKENS, _SOFT_TOKEN_FOLDER_BYTES) if keep_soft_tokens else None,
+            low_memory=low_memory,
+            context=context,
+        )
 
     def ask(self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]) -> Answer:
         """Answers one question about molecules and proteins, or about none.
@@ -219,11 +266,16 @@ class Engine:
         self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]
     ) -> AnswerStream:
         """As :meth:`ask`, piece by piece."""
-        return self._stream([Turn(question, _checked(inputs))], raw, GenerationOptions(**options))
+        return self._stream([Turn(question, _checked(inputs))], raw, GenerationOptions(**options), None)
 
     def chat(self, *, raw: bool = False) -> Chat:
         """A conversation that remembers its inputs, questions and answers."""
         return Chat(self, raw=raw)
+
+    @property
+    def prefix_counts(self) -> CacheCounts:
+        """How the device cache served the template's keys and values: found, absent (then computed) or damaged."""
+        return CacheCounts() if self._prefix_folder is None else self._prefix_folder.counts
 
     def prepare(self, question: str, *inputs: Input, raw: bool = False) -> PreparedPrompt:
         """The prompt that :meth:`ask` would give to the decoder, for looking at or for :meth:`first_logits`."""
@@ -231,14 +283,18 @@ class Engine:
 
     def first_logits(self, prompt: PreparedPrompt) -> Logits:
         """Logits of the first answer token, float32 ``[vocabulary rows]``, the row of ``[PAD]`` included."""
-        with self._loaded_decoder().open(len(prompt)) as state:
-            logits: Logits = state.prefill(prompt.embeddings).copy()
-            return logits
+        with self._loaded().decoder.open(len(prompt)) as state:
+            *_, logits = prefill(state, prompt.embeddings)
+            first: Logits = logits.copy()
+            return first
 
     def close(self) -> None:
         """Frees the models once the streams that are still open have ended; those can be finished."""
-        self._decoder = None
-        self._encoders = Encoders(self.bundle, threads=self._threads)
+        self._prefixes = None
+        self._encoders.release()
+        self._soft_tokens.clear()
+        for conversation in list(self._conversations):
+            conversation.release(final=True)
 
     def __enter__(self) -> Engine:
         return self
@@ -248,30 +304,55 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _stream(self, turns: list[Turn], raw: bool, options: GenerationOptions) -> AnswerStream:
+    def _stream(
+        self, turns: list[Turn], raw: bool, options: GenerationOptions, conversation: Conversation | None
+    ) -> AnswerStream:
         # Taken now, so that a stream can be finished after the engine was closed.
-        decoder = self._loaded_decoder()
+        prefixes = self._loaded()
+        if self._context < self.bundle.manifest.decoder.context:
+            self._release_others(conversation)
         prompt = self._prepare(turns, raw, new_tokens=options.max_new_tokens)
         result = Generation(prompt.timings)
-        return AnswerStream(self._pieces(decoder, prompt, options, result), result, prompt.notes)
+        if conversation is None:
+            opening: Opening = partial(prefixes.open, prompt.token_ids)
+        else:
+            positions = Positions.of(prompt.segments, prompt.token_ids)
+            opening = partial(conversation.open, prefixes, positions, result.token_ids)
+        # Elsewhere a token may change at a near tie, so it must be asked for.
+        speculate = prefixes.decoder.tile == 1 if options.speculate is None else options.speculate
+        lookup = PromptLookup(prompt.token_ids.tolist()) if speculate else None
+        tokens = generate(opening, prompt.embeddings, options, self.bundle.tokenizer, result, lookup)
+        return AnswerStream(self._pieces(tokens, options, result), result, prompt.notes)
+
+    def _release_others(self, conversation: Conversation | None) -> None:
+        """Frees the KV cache of every other chat, so that one answer has the memory for itself."""
+        for other in list(self._conversations):
+            if other is not conversation:
+                other.release()
+
+    def _conversation(self) -> Conversation:
+        conversation = Conversation(self._context)
+        self._conversations.add(conversation)
+        return conversation
 
     def _pieces(
-        self, decoder: Decoder, prompt: PreparedPrompt, options: GenerationOptions, result: Generation
+        self, generated: Generator[int, None, None], options: GenerationOptions, result: Generation
     ) -> Generator[Piece, None, None]:
-        tokenizer = self.bundle.tokenizer
-        text = AnswerText(tokenizer, options.stop)
-        for token in generate(decoder, prompt.embeddings, options, tokenizer, result):
-            yield Piece(text.push(token), token)
-            if text.stopped:
-                result.finish = "stop"
-                return
+        text = AnswerText(self.bundle.tokenizer, options.stop)
+        # Closed here and not when it is collected, so that its state is free, or kept, as soon as this ends.
+        with contextlib.closing(generated) as tokens:
+            for token in tokens:
+                yield Piece(text.push(token), token)
+                if text.stopped:
+                    result.finish = "stop"
+                    return
         rest = text.finish()
         if rest:
             yield Piece(rest, None)
 
     def _prepare(self, turns: list[Turn], raw: bool, new_tokens: int) -> PreparedPrompt:
         started = time.perf_counter()
-        self._loaded_decoder()
+        self._loaded()
         prompt = build_prompt(self.bundle.manifest.prompt, turns, self.bundle.tokenizer, raw=raw)
         inputs = [item for turn in turns for item in turn.inputs]
         for item in inputs:
@@ -280,19 +361,34 @@ class Engine:
         featurized = sum(item.featurize_seconds for item in turns[-1].inputs)
         timings = Timings(featurize=featurized, prompt_tokens=len(prompt))
         clock = time.perf_counter()
-        parts = [self._part(segment) for segment in prompt.segments]
-        timings.encode = time.perf_counter() - clock
-        clock = time.perf_counter()
-        embeddings = splice(parts, self.bundle.embeddings, threads=self._threads, allow_16bit=self._allow_16bit)
-        timings.splice = time.perf_counter() - clock
+        embeddings = np.empty((len(prompt), self.bundle.manifest.decoder.hidden_size), np.float32)
+        ends = np.cumsum([len(segment) for segment in prompt.segments])
+        for segment, end in zip(prompt.segments, ends.tolist(), strict=True):
+            self._write(segment, embeddings[end - len(segment) : end], timings)
+        if self._low_memory:
+            self._encoders.release()
+        timings.splice = time.perf_counter() - clock - timings.encode
         timings.prepare = time.perf_counter() - started
         return PreparedPrompt(prompt.segments, prompt.token_ids, embeddings, prompt.text, prompt.notes, timings)
 
-    def _part(self, segment: Segment) -> TokenPart | FeaturePart:
+    def _write(self, segment: Segment, rows: npt.NDArray[np.float32], timings: Timings) -> None:
+        """Writes a segment's embeddings into ``rows`` [positions, hidden]."""
         if isinstance(segment, TokenSegment):
-            return TokenPart(segment.ids)
+            self._splice(TokenPart(segment.ids), rows)
+            return
+        known = self._soft_tokens.get(segment.content, rows.shape)
+        if known is not None:
+            rows[:] = known
+            return
         item: Input = segment.molecule if isinstance(segment, MoleculeSegment) else segment.protein
-        return FeaturePart(self._encoders.encode(item), self._projection(item))
+        clock = time.perf_counter()
+        features = self._encoders.encode(item)
+        timings.encode += time.perf_counter() - clock
+        self._splice(FeaturePart(features, self._projection(item)), rows)
+        self._soft_tokens.put(segment.content, rows.copy())
+
+    def _splice(self, part: TokenPart | FeaturePart, rows: npt.NDArray[np.float32]) -> None:
+        splice([part], self.bundle.embeddings, threads=self._threads, out=rows, allow_16bit=self._allow_16bit)
 
     def _projection(self, item: Input) -> Projection:
         molecule = isinstance(item, Molecule)
@@ -302,7 +398,7 @@ class Engine:
         return projection
 
     def _check_budget(self, prompt: Prompt, new_tokens: int) -> None:
-        context = self.bundle.manifest.decoder.context
+        context = self._context
         if len(prompt) + new_tokens <= context:
             return
         soft = [len(s) for s in prompt.segments if isinstance(s, (MoleculeSegment, ProteinSegment))]
@@ -310,30 +406,36 @@ class Engine:
         room = context - len(prompt)
         fits = f"Ask for at most {room:,} new tokens (max_new_tokens)."
         remedy = fits if room > 0 else "Shorten the conversation, or give fewer or smaller inputs."
+        limited = context < self.bundle.manifest.decoder.context
+        reader = "the memory limit leaves room for" if limited else "the model reads"
         raise PromptTooLongError(
             f"the prompt has {len(prompt):,} positions ({parts}) and the answer may take {new_tokens:,}; "
-            f"the model reads {context:,} together.",
+            f"{reader} {context:,} together.",
             seen=len(prompt) + new_tokens,
             limit=context,
             remedy=remedy,
         )
 
-    def _loaded_decoder(self) -> Decoder:
-        if self._decoder is None:
+    def _loaded(self) -> TemplatePrefixes:
+        """What opens states of the decoder."""
+        if self._prefixes is None:
             raise ClosedError("the engine is closed.", remedy="Load the bundle again.")
-        return self._decoder
+        return self._prefixes
 
 
 @dataclass
 class Chat:
-    """A conversation over plain text: each turn reads all earlier ones again, as the weights were demonstrated.
+    """A conversation over plain text: each turn's prompt holds all earlier ones, as the weights were demonstrated.
 
     Only complete answers are remembered; a stream that is closed before its end leaves the conversation as it was.
+    What turns have in common is computed once: its KV cache is kept until the chat is dropped, :meth:`release` is
+    called or the engine is closed.
     """
 
     engine: Engine
     raw: bool = False
     turns: list[Turn] = field(default_factory=list)
+    _conversation: Conversation | None = field(default=None, init=False, repr=False, compare=False)
 
     def ask(self, question: str, *inputs: Input, **options: Unpack[OptionArguments]) -> Answer:
         """See :meth:`Engine.ask`; inputs of earlier turns stay in the conversation."""
@@ -342,12 +444,20 @@ class Chat:
     def stream(self, question: str, *inputs: Input, **options: Unpack[OptionArguments]) -> AnswerStream:
         """See :meth:`Engine.stream`."""
         turn = Turn(question, _checked(inputs))
-        stream = self.engine._stream([*self.turns, turn], self.raw, GenerationOptions(**options))
+        if self._conversation is None:
+            self._conversation = self.engine._conversation()
+        turns = [*self.turns, turn]
+        stream = self.engine._stream(turns, self.raw, GenerationOptions(**options), self._conversation)
         return AnswerStream(self._remember(turn, stream, len(self.turns)), stream._result, stream.notes)
 
     def prepare(self, question: str, *inputs: Input) -> PreparedPrompt:
         """See :meth:`Engine.prepare`."""
         return self.engine._prepare([*self.turns, Turn(question, _checked(inputs))], self.raw, new_tokens=0)
+
+    def release(self) -> None:
+        """Frees the KV cache; the conversation goes on, and its next turn is read from the beginning."""
+        if self._conversation is not None:
+            self._conversation.release()
 
     def _remember(self, turn: Turn, stream: AnswerStream, known: int) -> Generator[Piece, None, None]:
         with stream:

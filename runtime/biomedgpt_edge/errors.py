@@ -81,6 +81,12 @@ class OptionError(InputError):
     code = "input.option"
 
 
+class MemoryLimitError(OptionError):
+    """The memory that may be used holds no model and answer."""
+
+    code = "input.memory_limit"
+
+
 class MissingModalityError(InputError):
     """A molecule or protein was given to a bundle that has no encoder for it."""
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .decoder.base import Decoder, Embeddings
+from .decoder.base import DecoderState, Embeddings, Logits
 from .sampling import GenerationOptions, Sampler
+from .speculation import PromptLookup, Speculation
 from .tokenizer import Tokenizer
 
 Finish = Literal["eos", "length", "stop"]
+# capacity -> a state that holds none or some of the prompt's positions; leaving it frees or keeps them.
+Opening = Callable[[int], AbstractContextManager[DecoderState]]
+
+# Positions of a prompt between two looks at whether somebody still wants the answer. Half of it would read the weights
+# twice as often for the same rows; twice as many would double the wait, and what lies between layers.
+PREFILL_CHUNK = 256
 
 
 @dataclass
@@ -23,14 +31,17 @@ class Timings:
         featurize: parsing and featurizing the inputs; done when they were made, so not part of ``ttft``.
         encode: molecule and protein encoders (near zero if their features were kept).
         splice: building the prompt's embeddings.
-        prefill: the prompt through the decoder.
+        prefill: the prompt through the decoder, as far as its KV cache was not there yet.
         decode: all steps after it.
         prepare: from the call to the prompt's embeddings: tokenizing, ``encode`` and ``splice``.
         ttft: time to first token: ``prepare``, then prefill and choice of the first token. Time in which nobody asked
             for the next piece does not count.
         prompt_tokens: positions of the prompt, soft tokens included.
+        cached_tokens: those of them whose keys and values were there already.
         new_tokens: tokens of the answer.
-        steps: decoder steps behind ``decode``.
+        steps: tokens behind ``decode``; each is a call of the decoder unless it was drafted and accepted.
+        drafted: tokens that were proposed by speculation.
+        accepted: those of them that were chosen.
     """
 
     featurize: float = 0.0
@@ -41,8 +52,11 @@ class Timings:
     decode: float = 0.0
     ttft: float = 0.0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tpot(self) -> float | None:
@@ -60,27 +74,55 @@ class Generation:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+def prefill(state: DecoderState, embeddings: Embeddings) -> Iterator[Logits]:
+    """Runs what ``state`` lacks of a prompt, in chunks, so that it can be left between them.
+
+    Args:
+        embeddings: the whole prompt, float32 ``[T, hidden]``, T more than ``state.length``.
+
+    Yields:
+        After each chunk the logits of its last position, float32 ``[vocabulary]``, valid until the next.
+    """
+    state.reserve(len(embeddings))
+    for end in _chunk_ends(state.length, len(embeddings)):
+        yield state.prefill(embeddings[state.length : end])
+
+
+def _chunk_ends(start: int, end: int) -> list[int]:
+    """Where chunks end. None is a single position unless all are: see :attr:`Decoder.tile`."""
+    ends = list(range(start + PREFILL_CHUNK, end, PREFILL_CHUNK))
+    if ends and end - ends[-1] == 1:
+        ends[-1] -= PREFILL_CHUNK // 2
+    return [*ends, end]
+
+
 def generate(
-    decoder: Decoder,
+    opening: Opening,
     embeddings: Embeddings,
     options: GenerationOptions,
     tokenizer: Tokenizer,
     result: Generation,
-) -> Iterator[int]:
-    """Yields the tokens of one answer, without EOS; closing the iterator frees the decoder's state.
+    lookup: PromptLookup | None = None,
+) -> Generator[int, None, None]:
+    """Yields the tokens of one answer, without EOS; closing the iterator leaves the decoder's state.
 
     Args:
+        opening: gives the state; :meth:`Decoder.open` is one.
         embeddings: the prompt, float32 ``[T, hidden]``.
         result: receives tokens, timings and the reason for the end; its ``cancelled`` event, which any thread may set,
-            ends the answer before the next step.
+            ends the answer before the next step or chunk of the prompt.
+        lookup: holds the prompt's ids; given, tokens that may follow are computed several at a time.
     """
-    started = time.perf_counter()
+    started = clock = time.perf_counter()
     sampler = Sampler(options, len(tokenizer))
     timings = result.timings
-    with decoder.open(len(embeddings) + options.max_new_tokens) as state:
-        clock = time.perf_counter()
-        logits = state.prefill(embeddings)
+    with opening(len(embeddings) + options.max_new_tokens) as state:
+        timings.cached_tokens = state.length
+        for logits in prefill(state, embeddings):  # noqa: B007 - the last ones are sampled below
+            if result.cancelled.is_set():
+                return
         timings.prefill = time.perf_counter() - clock
+        ahead = None if lookup is None else Speculation(state, lookup, options.max_new_tokens - 1)
         for index in range(options.max_new_tokens):
             token = sampler.choose(logits)
             if index == 0:
@@ -95,9 +137,11 @@ def generate(
                 return
             if index + 1 < options.max_new_tokens:
                 clock = time.perf_counter()
-                logits = state.step(token)
+                logits = state.step(token) if ahead is None else ahead.step(token)
                 timings.decode += time.perf_counter() - clock
                 timings.steps += 1
+                if ahead is not None:
+                    timings.drafted, timings.accepted = ahead.drafted, ahead.accepted
 
 
 class AnswerText:

@@ -30,6 +30,11 @@ _MEMORY_MARKS = ("Failed to allocate memory", "bad_alloc", "BFCArena", "out of m
 Signature = Mapping[str, tuple[str, Sequence[int | None]]]
 
 
+def identity(threads: int) -> str:
+    """What the bits of a session's results depend on beside the graph and the processor."""
+    return f"onnxruntime {ort.__version__}, CPU, {threads} threads"
+
+
 @contextmanager
 def running(graph: str) -> Iterator[None]:
     """Turns what ONNX Runtime raises while it runs ``graph`` into a typed error.

@@ -83,6 +83,11 @@ class MoleculeSegment:
 
     molecule: Molecule
 
+    @property
+    def content(self) -> str:
+        """See :func:`content_of`."""
+        return content_of(self.molecule)
+
     def __len__(self) -> int:
         return self.molecule.n_soft_tokens
 
@@ -93,8 +98,18 @@ class ProteinSegment:
 
     protein: Protein
 
+    @property
+    def content(self) -> str:
+        """See :func:`content_of`."""
+        return content_of(self.protein)
+
     def __len__(self) -> int:
         return self.protein.n_soft_tokens
+
+
+def content_of(item: Input) -> str:
+    """Names what the model reads of an input: equal names give equal soft tokens."""
+    return f"{type(item).__name__}:{item.digest}"
 
 
 Segment: TypeAlias = "TokenSegment | MoleculeSegment | ProteinSegment"
@@ -135,20 +150,41 @@ def build_prompt(template: PromptTemplate, turns: Sequence[Turn], tokenizer: Tok
         InputError: a question that is empty or is not valid Unicode.
     """
     notes: list[str] = []
-    parts: list[str | Input] = [f"{template.system}{template.separator} "]
+    parts: list[str | Input] = [_opening(template)]
     for turn in turns:
         _append(parts, _turn_parts(template, turn, raw, notes))
         notes.extend(note for item in turn.inputs for note in item.notes)
     segments: list[Segment] = []
     for index, part in enumerate(parts):
         if isinstance(part, str):
-            # Only the very first piece gets BOS; there is no EOS anywhere, not even after earlier answers.
-            head = [tokenizer.bos_id] if index == 0 else []
-            segments.append(TokenSegment(np.array(head + tokenizer.encode(part), dtype=np.int64)))
+            # There is no EOS anywhere, not even after earlier answers.
+            ids = _first_piece(part, tokenizer) if index == 0 else tokenizer.encode(part)
+            segments.append(TokenSegment(np.array(ids, dtype=np.int64)))
         else:
             segments.append(MoleculeSegment(part) if isinstance(part, Molecule) else ProteinSegment(part))
     text = "".join(part if isinstance(part, str) else part.placeholder for part in parts)
     return Prompt(tuple(segments), text, tuple(dict.fromkeys(notes)))
+
+
+def beginnings(template: PromptTemplate, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids with which prompts begin: before a molecule, before a protein, and before a question without either.
+
+    Before an input they are all that comes. Before a question they end with the role's name, without the space: where
+    the tokenizer joins that with the question, a prompt begins otherwise.
+    """
+    opening = _opening(template)
+    speaks = f"{template.human}: "
+    ends = [speaks + template.molecule[0], speaks + template.protein[0], speaks.rstrip()]
+    return [_first_piece(opening + end, tokenizer) for end in ends]
+
+
+def _opening(template: PromptTemplate) -> str:
+    return f"{template.system}{template.separator} "
+
+
+def _first_piece(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Only the very first piece gets BOS."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def _turn_parts(template: PromptTemplate, turn: Turn, raw: bool, notes: list[str]) -> list[str | Input]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ class OptionArguments(TypedDict, total=False):
     repetition_penalty: float
     seed: int | None
     stop: Sequence[str]
+    speculate: bool | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class GenerationOptions:
             Keskar et al. 2019); 1 is none, 0.01 to 100. The prompt does not count.
         seed: of the draw; the same seed and machine give the same answer. None takes a fresh one.
         stop: texts that end the answer; they are not part of it. A list or tuple.
+        speculate: where the text repeats an earlier one, compute several tokens in one call of the decoder as long as
+            that is faster. Row-invariant decoders choose the same tokens with it, and None means on for those alone;
+            others (see :attr:`Decoder.tile`) may choose another token at a near tie.
 
     Raises:
         OptionError: a value outside its range.
@@ -51,6 +55,7 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    speculate: bool | None = None
 
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, int, 1, 2**20)
@@ -60,6 +65,12 @@ class GenerationOptions:
         _check("repetition_penalty", self.repetition_penalty, float, 0.01, 100.0)
         if self.seed is not None:
             _check("seed", self.seed, int, 0, 2**64 - 1)
+        if not isinstance(self.speculate, (bool, type(None))):
+            raise OptionError(
+                f"speculate is {str(self.speculate)[:40]!r}.",
+                seen=str(self.speculate)[:40],
+                remedy="Give True or False.",
+            )
         texts = self.stop if isinstance(self.stop, (list, tuple)) else [None]
         if not all(isinstance(text, str) and text for text in texts):
             raise OptionError(
@@ -79,7 +90,8 @@ class Sampler:
         self._options = options
         self._vocabulary = vocabulary
         self._random = np.random.default_rng(options.seed)
-        self._seen = np.zeros(vocabulary, bool)
+        self._seen: dict[int, None] = {}
+        self._scores = np.empty(vocabulary, np.float32)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token, from logits float32 ``[rows]``; of equally likely ones the lowest wins.
@@ -97,18 +109,25 @@ class Sampler:
             )
         if self._options.temperature > 0:
             token = self._draw(scores)
-        self._seen[token] = True
+        if self._options.repetition_penalty != 1.0:
+            self._seen[token] = None
         return token
 
     def _penalized(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         penalty = self._options.repetition_penalty
         if penalty == 1.0:
             return scores
-        return np.where(self._seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+        np.copyto(self._scores, scores)
+        seen = np.fromiter(self._seen, np.int64, len(self._seen))
+        chosen = scores[seen]
+        self._scores[seen] = np.where(chosen < 0, chosen * penalty, chosen / penalty)
+        return self._scores
 
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:
         candidates, probabilities = self._distribution(scores)
-        return int(self._random.choice(candidates, p=probabilities))
+        # As numpy's Generator.choice draws, without its checks, which would take longer than all the rest.
+        reached = probabilities.cumsum()
+        return int(candidates[reached.searchsorted(self._random.random() * reached[-1], side="right")])
 
     def _distribution(self, scores: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Tokens that may be drawn and their probabilities."""
@@ -119,14 +138,14 @@ class Sampler:
             weights = np.exp((chosen - chosen.max()) / self._options.temperature)
         probabilities = weights / weights.sum()
         if self._options.top_p < 1.0:
-            order = np.argsort(-chosen, kind="stable")
-            # The token that crosses p stays in, so at least one always does.
-            kept = order[: int(np.searchsorted(probabilities[order].cumsum(), self._options.top_p)) + 1]
+            # Values alone are sorted many times as fast as places. The token that crosses p stays in.
+            reached = np.sort(probabilities)[::-1].cumsum()
+            kept = _largest(chosen, int(np.searchsorted(reached, self._options.top_p)) + 1)
             candidates, probabilities = candidates[kept], probabilities[kept] / probabilities[kept].sum()
         return candidates, probabilities
 
 
-def _largest(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+def _largest(scores: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.int64]:
     """Places of the ``count`` largest scores (0: of all), ascending; of equal scores those in front."""
     if not 0 < count < len(scores):
         return np.arange(len(scores))

@@ -69,6 +69,8 @@ def test_files_are_read_by_their_endings(capsys: pytest.CaptureFixture[str], bun
         (["--protein", "M" * 1023], 3, "input.protein", "truncate"),
         (["--temperature", "-1"], 3, "input.option", "temperature"),
         (["--max-new-tokens", "5000"], 3, "input.prompt_too_long", "at most"),
+        (["--memory-limit", "lots"], 3, "input.option", "memory_limit is 'lots'"),
+        (["--memory-limit", "1MiB"], 3, "input.memory_limit", "Give at least"),
         (["--bundle", "nowhere"], 4, "bundle.not_found", "does not exist"),
     ],
 )
@@ -80,6 +82,21 @@ def test_mistakes_have_exit_codes_and_typed_errors(
     assert found == code
     assert json.loads(out)["error"]["code"] == error
     assert words in err
+
+
+def test_the_cache_is_shown_and_cleared_and_nothing_else_is(
+    capsys: pytest.CaptureFixture[str], bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("not the cache's")
+    run(capsys, "ask", "--bundle", bundle, "--molecule", ASPIRIN, "--keep-soft-tokens", "--low-memory", *SHORT, "Hello")
+    held = json.loads(run(capsys, "cache", "info", "--json")[1])["holds"]
+    assert {one["name"]: one["files"] for one in held} == {"verified": 1, "prefixes": 1, "soft_tokens": 1}
+    code, out, _ = run(capsys, "cache", "clear")
+    assert code == 0
+    assert "cleared" in out
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.txt"]
+    assert all(one["bytes"] == 0 for one in json.loads(run(capsys, "cache", "info", "--json")[1])["holds"])
 
 
 def test_a_cut_protein_is_named_on_stderr(capsys: pytest.CaptureFixture[str], bundle: str) -> None:

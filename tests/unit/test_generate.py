@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from biomedgpt_edge.decoder.base import Embeddings, Logits
+from biomedgpt_edge.decoder.base import Embeddings, KeyValues, Logits
 from biomedgpt_edge.errors import BioMedGPTError
-from biomedgpt_edge.generate import AnswerText, Generation, Timings, generate
+from biomedgpt_edge.generate import PREFILL_CHUNK, AnswerText, Generation, Timings, generate
 from biomedgpt_edge.sampling import GenerationOptions
 from biomedgpt_edge.tokenizer import Tokenizer
 from biomedgpt_export.synthesize import train_tokenizer
@@ -35,7 +35,8 @@ class Script:
         self.tokens = tokens
         self.fail_at = fail_at
         self.capacity = 0
-        self.prefilled = 0
+        self.reserved = 0
+        self.chunks: list[int] = []
         self.stepped: list[int] = []
         self.opened = 0
         self.closed = 0
@@ -47,7 +48,10 @@ class Script:
 
     @property
     def length(self) -> int:
-        return self.prefilled + len(self.stepped)
+        return sum(self.chunks) + len(self.stepped)
+
+    def reserve(self, positions: int) -> None:
+        self.reserved = positions
 
     def _logits(self, index: int) -> Logits:
         if index == self.fail_at:
@@ -58,12 +62,21 @@ class Script:
         return scores
 
     def prefill(self, embeddings: Embeddings) -> Logits:
-        self.prefilled = len(embeddings)
+        self.chunks.append(len(embeddings))
         return self._logits(0)
 
     def step(self, token: int) -> Logits:
         self.stepped.append(token)
         return self._logits(len(self.stepped))
+
+    def steps(self, tokens: Sequence[int]) -> Logits:
+        return np.stack([self.step(token) for token in tokens])
+
+    def truncate(self, length: int) -> None:
+        del self.stepped[length - sum(self.chunks) :]
+
+    def key_values(self) -> KeyValues:
+        raise NotImplementedError
 
     def close(self) -> None:
         self.closed += 1
@@ -80,7 +93,7 @@ class Script:
 def run(script: Script, tokenizer: Tokenizer, limit: int = 4) -> tuple[Iterator[int], Generation]:
     result = Generation(Timings())
     options = GenerationOptions(max_new_tokens=limit)
-    return generate(script, PROMPT, options, tokenizer, result), result
+    return generate(script.open, PROMPT, options, tokenizer, result), result
 
 
 class TestGenerate:
@@ -103,7 +116,7 @@ class TestGenerate:
         script = Script([300])
         tokens, result = run(script, tokenizer, limit=1)
         assert list(tokens) == [300]
-        assert (script.prefilled, script.stepped, result.timings.tpot) == (5, [], None)
+        assert (script.chunks, script.stepped, result.timings.tpot) == ([5], [], None)
         assert result.timings.ttft > 0
 
     def test_eos_at_once_is_an_empty_answer(self, tokenizer: Tokenizer) -> None:
@@ -156,6 +169,44 @@ class TestGenerate:
         script = Script([300, tokenizer.eos_id])
         list(run(script, tokenizer)[0])
         assert (script.opened, script.closed) == (1, 1)
+
+
+class TestPrefill:
+    def chunks(self, tokenizer: Tokenizer, positions: int, there: int = 0) -> list[int]:
+        script = Script([tokenizer.eos_id])
+        script.chunks = [there] if there else []
+        prompt, result = np.zeros((positions, 8), np.float32), Generation(Timings())
+        list(generate(script.open, prompt, GenerationOptions(), tokenizer, result))
+        assert (script.reserved, result.timings.cached_tokens) == (positions, there)
+        return script.chunks[1:] if there else script.chunks
+
+    @given(st.integers(1, 2000), st.integers(0, 2000))
+    def test_chunks_are_short_and_cover_the_rest_of_the_prompt(
+        self, tokenizer: Tokenizer, positions: int, there: int
+    ) -> None:
+        assume(there < positions)
+        chunks = self.chunks(tokenizer, positions, there)
+        assert sum(chunks) == positions - there
+        assert max(chunks) <= PREFILL_CHUNK
+        assert chunks == [1] or min(chunks) > 1, "a single position is computed as a step would be"
+        assert all(size % (PREFILL_CHUNK // 2) == 0 for size in chunks[:-1])
+
+    def test_room_for_the_whole_prompt_is_made_at_once(self, tokenizer: Tokenizer) -> None:
+        assert self.chunks(tokenizer, 600) == [256, 256, 88]
+        assert self.chunks(tokenizer, 513) == [256, 128, 129]
+
+    def test_a_long_prompt_can_be_cancelled_between_chunks(self, tokenizer: Tokenizer) -> None:
+        script, result = Script([300]), Generation(Timings())
+        original = script.prefill
+
+        def cancelled_meanwhile(embeddings: Embeddings) -> Logits:
+            result.cancelled.set()
+            return original(embeddings)
+
+        script.prefill = cancelled_meanwhile  # type: ignore[method-assign]
+        prompt = np.zeros((2000, 8), np.float32)
+        assert list(generate(script.open, prompt, GenerationOptions(), tokenizer, result)) == []
+        assert (script.chunks, script.closed, result.token_ids) == ([PREFILL_CHUNK], 1, [])
 
 
 class Spelled:

@@ -25,16 +25,18 @@ def logits(*values: float) -> Logits:
 
 
 def distribution(scores: Logits, **options: Any) -> dict[int, float]:
-    """What a sampler hands to its random generator."""
+    """The tokens that a sampler draws among."""
     handed: list[dict[int, float]] = []
 
-    class Recorder:
-        def choice(self, tokens: npt.NDArray[np.int64], p: npt.NDArray[np.float64]) -> int:
-            handed.append(dict(zip(tokens.tolist(), p.tolist(), strict=True)))
-            return int(tokens[0])
-
     sampler = Sampler(GenerationOptions(**{"temperature": 1.0, **options}), len(scores))
-    sampler._random = Recorder()  # type: ignore[assignment]
+    original = sampler._distribution
+
+    def recording(penalized: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        tokens, chances = original(penalized)
+        handed.append(dict(zip(tokens.tolist(), chances.tolist(), strict=True)))
+        return tokens, chances
+
+    sampler._distribution = recording  # type: ignore[method-assign]
     sampler.choose(scores)
     return handed[0]
 
@@ -235,3 +237,13 @@ class TestOptions:
 
 def test_stop_texts_may_come_as_a_list() -> None:
     assert GenerationOptions(stop=["###"]) == GenerationOptions(stop=("###",))
+
+
+def test_a_draw_is_that_of_numpy() -> None:
+    scores = np.random.default_rng(0).standard_normal(2000).astype(np.float32) * 3
+    for options in ({}, {"top_p": 0.9}, {"top_k": 40}):
+        sampler = Sampler(GenerationOptions(temperature=0.8, seed=3, **options), len(scores))  # type: ignore[arg-type]
+        theirs = np.random.default_rng(3)
+        tokens, chances = sampler._distribution(scores)
+        drawn = [sampler.choose(scores) for _ in range(100)]
+        assert drawn == [int(theirs.choice(tokens, p=chances)) for _ in range(100)]

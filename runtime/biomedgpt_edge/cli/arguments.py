@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..engine import Engine
 from ..errors import InputFileError
 from ..inputs import Molecule, Protein
 from ..prompt import Input
@@ -17,6 +18,22 @@ _PROTEIN_FILES = (".fasta", ".fa", ".faa", ".fas", ".seq", ".txt")
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="B", help="bundle folder (default: the packaged demo model)")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
+    parser.add_argument("--low-memory", action="store_true", help="close each encoder as soon as it has read an input")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="such as 6GiB: shortens the context to what fits")
+    parser.add_argument(
+        "--keep-soft-tokens", action="store_true", help="keep what encoders made of inputs on disk ('cache clear')"
+    )
+
+
+def load_engine(options: argparse.Namespace) -> Engine:
+    """The engine that the options of :func:`add_bundle` ask for."""
+    return Engine.load(
+        options.bundle,
+        threads=options.threads,
+        low_memory=options.low_memory,
+        memory_limit=options.memory_limit,
+        keep_soft_tokens=options.keep_soft_tokens,
+    )
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +73,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that reach P")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
     parser.add_argument("--seed", type=int, metavar="S", help="of the draw: the same seed, the same answer")
+    parser.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        help="try several tokens at once where the text repeats (default: where no token can change)",
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
 
 
@@ -99,6 +121,7 @@ def generation_options(options: argparse.Namespace) -> OptionArguments:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         stop=tuple(options.stop),
+        speculate=options.speculate,
     )
 
 

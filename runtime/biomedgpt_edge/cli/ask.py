@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 
-from ..engine import Answer, Engine
+from ..engine import Answer
 from ..generate import Timings
-from .arguments import add_bundle, add_generation, add_inputs, generation_options, read_inputs
+from .arguments import add_bundle, add_generation, add_inputs, generation_options, load_engine, read_inputs
 from .output import note_length, policy_lines, say, tell
 
 
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the answer as it comes, or as JSON once it is complete."""
     inputs = read_inputs(options)
-    with Engine.load(options.bundle, threads=options.threads) as engine:
+    with load_engine(options) as engine:
         if not options.quiet and not options.json:
             tell(policy_lines(engine.bundle)[0])
         with engine.stream(options.question, *inputs, **generation_options(options)) as stream:

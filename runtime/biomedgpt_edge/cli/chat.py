@@ -14,6 +14,7 @@ from .arguments import (
     add_generation,
     add_inputs,
     generation_options,
+    load_engine,
     read_inputs,
     read_molecule,
     read_protein,
@@ -39,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Reads questions from stdin until it ends; answers stream to stdout."""
     inputs = read_inputs(options)
-    with Engine.load(options.bundle, threads=options.threads) as engine:
+    with load_engine(options) as engine:
         for line in [*policy_lines(engine.bundle), "", *_COMMANDS.splitlines()]:
             tell(line)
         session = _Session(engine, inputs, generation_options(options), options.truncate)

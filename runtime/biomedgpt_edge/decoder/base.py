@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
 Embeddings = npt.NDArray[np.float32]
+# [layers * 2, kv_heads, positions, head_size]: keys and values of layer 0, of layer 1, ...
+KeyValues = npt.NDArray[np.float32]
 
 
 class DecoderState(Protocol):
@@ -18,6 +21,14 @@ class DecoderState(Protocol):
     @property
     def length(self) -> int:
         """Positions in the KV cache."""
+        ...
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for ``positions`` altogether at once; without it, room grows as positions come.
+
+        Raises:
+            PlatformError: this machine gives no memory for them.
+        """
         ...
 
     def prefill(self, embeddings: Embeddings) -> Logits:
@@ -30,6 +41,22 @@ class DecoderState(Protocol):
 
     def step(self, token: int) -> Logits:
         """Appends one token; returns its logits, float32 ``[vocabulary]``, valid until the next call."""
+        ...
+
+    def steps(self, tokens: Sequence[int]) -> Logits:
+        """Appends tokens in one call; returns the logits of each, float32 ``[n, vocabulary]``, valid until the next."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forgets all positions but the first ``length``.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        ...
+
+    def key_values(self) -> KeyValues:
+        """A copy of the KV cache, with which :meth:`Decoder.open` begins where this state is."""
         ...
 
     def close(self) -> None:
@@ -46,6 +73,21 @@ class DecoderState(Protocol):
 class Decoder(Protocol):
     """A loaded decoder; states are independent of each other."""
 
-    def open(self, capacity: int) -> DecoderState:
-        """A fresh state with room for ``capacity`` positions."""
+    @property
+    def tile(self) -> int:
+        """Positions that are computed together, a divisor of 128.
+
+        A prompt whose calls end at multiples of it, counted from the same position, gives the same bits however it is
+        cut, as long as no call has a single position. 1 says more: the decoder is row-invariant, every position has the
+        same bits whatever else is in its call, so that steps, prefill and several steps at once agree.
+        """
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What its bits depend on beside the bundle and the processor: engine, version, threads."""
+        ...
+
+    def open(self, capacity: int, start: KeyValues | None = None) -> DecoderState:
+        """A state with room for at most ``capacity`` positions, empty or with those of ``start``, which is copied."""
         ...

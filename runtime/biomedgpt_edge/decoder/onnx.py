@@ -1,12 +1,14 @@
 """The decoder on ONNX Runtime's CPU provider.
 
 The KV cache is one buffer per layer and side, bound as the graph's input and output at once, so that a step appends
-in place and copies nothing. A step reuses one binding and one set of buffers.
+in place and copies nothing. Steps reuse a binding and a set of buffers for each number of tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,9 +19,17 @@ import onnxruntime as ort
 from ..bundle import Bundle
 from ..errors import ClosedError, KernelArgumentError, PlatformError
 from ..manifest import DecoderSpec
-from ..ort_session import Signature, open_session, running
+from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
-from .base import Embeddings, Logits
+from .base import Embeddings, KeyValues, Logits
+
+# Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
+# on, and since each head has its own stretch, the first position alone would touch nearly all of them. Small pages
+# would keep to what is used, but then attention reads them slower, which costs more than growing does.
+GROWTH = 256
+# MLAS computes rows of a matrix in blocks of 4 or more that differ by instruction set, and what is left over by another
+# kernel; a single row is attended to by yet another one. So rows agree where calls are cut at multiples of the blocks.
+TILE = 16
 
 
 class OnnxDecoder:
@@ -34,34 +44,76 @@ class OnnxDecoder:
         self.table = bundle.embeddings
         inputs, outputs = _signature(self.spec)
         self.session = open_session(bundle.file(self.spec.graph), threads=threads, inputs=inputs, outputs=outputs)
+        self.identity = identity(threads)
 
-    def open(self, capacity: int) -> OnnxState:
-        """See :meth:`Decoder.open`."""
-        return OnnxState(self.session, self.spec, self.table, capacity)
+    @property
+    def tile(self) -> int:
+        """See :class:`Decoder`."""
+        return TILE
+
+    def open(self, capacity: int, start: KeyValues | None = None) -> OnnxState:
+        """See :meth:`Decoder.open`.
+
+        Raises:
+            KernelArgumentError: ``start`` is not of this decoder.
+        """
+        return OnnxState(self.session, self.spec, self.table, capacity, start)
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """A binding for n tokens, and the buffers that it holds addresses of: [n, hidden], [n] and [n, vocabulary]."""
+
+    embeddings: Embeddings
+    positions: npt.NDArray[np.int64]
+    logits: Logits
+    binding: ort.IOBinding
 
 
 class OnnxState:
-    """One sequence: KV buffers of fixed capacity, float32 as the CPU kernels are fastest with."""
+    """One sequence: KV buffers that grow up to a capacity, float32 as the CPU kernels are fastest with."""
 
-    def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, table: EmbeddingTable, capacity: int) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        spec: DecoderSpec,
+        table: EmbeddingTable,
+        capacity: int,
+        start: KeyValues | None = None,
+    ) -> None:
         self._session = session
         self._spec = spec
         self._table = table
         self._length = 0
         self._capacity = capacity
-        self._cache = _allocate(spec, capacity)
+        self._room = 0
+        self._cache = _empty(spec)
         self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
-        self._token = np.zeros((1, spec.hidden_size), np.float32)
-        self._step_logits = np.zeros((1, spec.vocabulary), np.float32)
-        # Bindings hold addresses: what they point to must live as long as the state does.
-        self._step_position = np.zeros(1, np.int64)
-        self._step_binding: ort.IOBinding | None = None
+        self._steps: dict[int, _Steps] = {}
+        if start is not None:
+            self._begin(start)
 
     @property
     def length(self) -> int:
         """See :class:`DecoderState`."""
         return self._length
+
+    def reserve(self, positions: int) -> None:
+        """See :class:`DecoderState`."""
+        if not self._cache:
+            raise ClosedError("the decoder state is closed.")
+        if positions > self._capacity:
+            raise ValueError(f"{positions} positions do not fit a KV cache of {self._capacity}")
+        if positions <= self._room:
+            return
+        room = min(self._capacity, -(-positions // GROWTH) * GROWTH)
+        self._steps = {}
+        for name, old in self._cache.items():
+            buffer = _allocate(self._spec, room)
+            buffer[:, :, : self._length] = old[:, :, : self._length]
+            self._cache[name] = buffer
+        self._room = room
 
     def prefill(self, embeddings: Embeddings) -> Logits:
         """See :class:`DecoderState`."""
@@ -78,18 +130,34 @@ class OnnxState:
 
     def step(self, token: int) -> Logits:
         """See :class:`DecoderState`."""
-        if self._step_binding is None:
-            self._step_binding = self._bind(self._token, self._step_position, self._step_logits)
-        self._advance(1)
-        self._table.lookup_into(token, self._token)
-        self._run(self._step_binding)
-        logits: Logits = self._step_logits[0]
+        logits: Logits = self.steps((token,))[0]
         return logits
+
+    def steps(self, tokens: Sequence[int]) -> Logits:
+        """See :class:`DecoderState`."""
+        self._advance(len(tokens))
+        call = self._steps.get(len(tokens))
+        if call is None:
+            call = self._steps[len(tokens)] = self._bound_steps(len(tokens))
+        for row, token in enumerate(tokens):
+            self._table.lookup_into(token, call.embeddings[row : row + 1])
+        self._run(call.binding)
+        return call.logits
+
+    def truncate(self, length: int) -> None:
+        """See :class:`DecoderState`."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"a KV cache of {self._length} positions cannot be cut to {length}")
+        self._length = length
+
+    def key_values(self) -> KeyValues:
+        """See :class:`DecoderState`."""
+        return np.concatenate([buffer[:, :, : self._length] for buffer in self._cache.values()])
 
     def close(self) -> None:
         """See :class:`DecoderState`."""
         self._cache = {}
-        self._step_binding = None
+        self._steps = {}
         self._capacity = 0
 
     def __enter__(self) -> OnnxState:
@@ -112,11 +180,30 @@ class OnnxState:
                 remedy=f"Give float32 [T, {self._spec.hidden_size}] in C order (numpy.ascontiguousarray).",
             )
 
+    def _begin(self, start: KeyValues) -> None:
+        spec = self._spec
+        shape = (2 * spec.layers, spec.kv_heads, start.shape[2] if start.ndim == 4 else 1, spec.head_size)
+        if start.dtype != np.float32 or start.shape != shape:
+            raise KernelArgumentError(
+                f"keys and values are {start.dtype}{list(start.shape)}.",
+                seen=str(list(start.shape)),
+                limit=f"float32 {list(shape)}",
+                remedy="Take them from a state of the same decoder.",
+            )
+        self.reserve(start.shape[2])
+        self._length = start.shape[2]
+        for buffer, values in zip(self._cache.values(), start, strict=True):
+            buffer[0, :, : self._length] = values
+
+    def _bound_steps(self, count: int) -> _Steps:
+        spec = self._spec
+        embeddings = np.zeros((count, spec.hidden_size), np.float32)
+        logits = np.zeros((count, spec.vocabulary), np.float32)
+        positions = np.arange(count, dtype=np.int64)
+        return _Steps(embeddings, positions, logits, self._bind(embeddings, positions, logits))
+
     def _advance(self, positions: int) -> None:
-        if not self._cache:
-            raise ClosedError("the decoder state is closed.")
-        if self._length + positions > self._capacity:
-            raise ValueError(f"{self._length} + {positions} positions do not fit a KV cache of {self._capacity}")
+        self.reserve(self._length + positions)
         self._length += positions
         self._last_position[0] = self._length - 1
         self._total_length[()] = self._length
@@ -140,16 +227,24 @@ class OnnxState:
             self._session.run_with_iobinding(binding)
 
 
-def _allocate(spec: DecoderSpec, capacity: int) -> dict[str, npt.NDArray[np.float32]]:
-    """The KV buffers; calloc'ed, so pages that no position has reached cost address space, not memory."""
-    shape = (1, spec.kv_heads, capacity, spec.head_size)
-    names = [f"{part}.{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+def _cache_names(spec: DecoderSpec) -> list[str]:
+    return [f"{part}.{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+
+
+def _empty(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:
+    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_size), np.float32)
+    return dict.fromkeys(_cache_names(spec), nothing)
+
+
+def _allocate(spec: DecoderSpec, room: int) -> npt.NDArray[np.float32]:
+    """One side of one layer."""
+    shape = (1, spec.kv_heads, room, spec.head_size)
     try:
-        return {name: np.zeros(shape, np.float32) for name in names}
+        return np.zeros(shape, np.float32)
     except (MemoryError, ValueError) as error:
-        size = len(names) * 4 * math.prod(shape)
+        size = 2 * spec.layers * 4 * math.prod(shape)
         raise PlatformError(
-            f"the KV cache of {capacity:,} positions takes {size / 2**30:,.1f} GiB, which this machine does not give.",
+            f"the KV cache of {room:,} positions takes {size / 2**30:,.1f} GiB, which this machine does not give.",
             seen=size,
             remedy="Ask for fewer new tokens, or shorten the prompt.",
         ) from error
@@ -165,7 +260,7 @@ def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> 
 
 def _signature(spec: DecoderSpec) -> tuple[Signature, Signature]:
     cache: tuple[str, list[int | None]] = ("tensor(float)", [1, spec.kv_heads, None, spec.head_size])
-    names = [f"{part}.{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+    names = _cache_names(spec)
     inputs: dict[str, tuple[str, list[int | None]]] = {
         "inputs_embeds": ("tensor(float)", [1, None, spec.hidden_size]),
         "logit_positions": ("tensor(int64)", [None]),
