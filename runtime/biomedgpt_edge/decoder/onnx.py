@@ -21,6 +21,9 @@ from ..ort_session import Signature, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
 
+# Of the KV cache: the CPU kernels are fastest with it.
+KV_DTYPE = np.dtype(np.float32)
+
 
 class OnnxDecoder:
     """The decoder graph of a bundle, loaded.
@@ -41,7 +44,7 @@ class OnnxDecoder:
 
 
 class OnnxState:
-    """One sequence: KV buffers of fixed capacity, float32 as the CPU kernels are fastest with."""
+    """One sequence: KV buffers of fixed capacity, of ``KV_DTYPE``."""
 
     def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, table: EmbeddingTable, capacity: int) -> None:
         self._session = session
@@ -145,9 +148,9 @@ def _allocate(spec: DecoderSpec, capacity: int) -> dict[str, npt.NDArray[np.floa
     shape = (1, spec.kv_heads, capacity, spec.head_size)
     names = [f"{part}.{layer}" for layer in range(spec.layers) for part in ("key", "value")]
     try:
-        return {name: np.zeros(shape, np.float32) for name in names}
+        return {name: np.zeros(shape, KV_DTYPE) for name in names}
     except (MemoryError, ValueError) as error:
-        size = len(names) * 4 * math.prod(shape)
+        size = len(names) * KV_DTYPE.itemsize * math.prod(shape)
         raise PlatformError(
             f"the KV cache of {capacity:,} positions takes {size / 2**30:,.1f} GiB, which this machine does not give.",
             seen=size,
