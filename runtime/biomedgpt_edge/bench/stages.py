@@ -52,19 +52,27 @@ class NotMeasured(Exception):
 
 
 class Stage(Protocol):
-    """Something to time.
+    """Something to time."""
 
-    Attributes:
-        group: one of ``GROUPS``.
-        name: unique among all stages.
-        bounded: the metric that ``work`` is the least of; "" for none.
-        positions: positions or tokens behind one sample of ``bounded``, for rates; 0 where there is no rate.
-    """
+    @property
+    def group(self) -> str:
+        """One of ``GROUPS``."""
+        ...
 
-    group: str
-    name: str
-    bounded: str
-    positions: int
+    @property
+    def name(self) -> str:
+        """Unique among all stages."""
+        ...
+
+    @property
+    def bounded(self) -> str:
+        """The metric that ``work`` is the least of; "" for none."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """Positions or tokens behind one sample of ``bounded``, for rates; 0 where there is no rate."""
+        ...
 
     def work(self) -> Work | None:
         """The least that one sample of ``bounded`` takes."""
