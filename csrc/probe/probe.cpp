@@ -69,12 +69,13 @@ struct PortableFp32 {
     typedef float Sum __attribute__((vector_size(16)));
     using Operand = Sum;
     static constexpr int64_t kProducts = 4;
-    static Sum zero() { return Sum{}; }
+    static Sum zero() { return Sum{} + opaque(0.0f); }
     static Operand ones() {
-        const float one = opaque_one<float>();
+        const float one = opaque(1.0f);
         return Operand{one, one, one, one};
     }
-    static Sum add(Sum sum, Operand a, Operand b) { return sum + a * b; }
+    // Not sum + a * b, whose product never changes and would be moved out of the loop.
+    static Sum add(Sum sum, Operand a, Operand b) { return sum * a + b; }
     static double total(Sum sum) { return static_cast<double>(sum[0]) + sum[1] + sum[2] + sum[3]; }
 };
 
@@ -82,8 +83,8 @@ struct PortableInt8 {
     using Sum = int32_t;
     using Operand = int8_t;
     static constexpr int64_t kProducts = 1;
-    static Sum zero() { return 0; }
-    static Operand ones() { return opaque_one<int8_t>(); }
+    static Sum zero() { return opaque(0); }
+    static Operand ones() { return opaque(int8_t{1}); }
     // A fresh copy each time: a product that never changes would be moved out of the loop.
     static Sum add(Sum sum, Operand a, Operand b) {
         __asm__ volatile("" : "+r"(a));

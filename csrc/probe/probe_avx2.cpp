@@ -10,8 +10,8 @@ struct Fp32 {
     using Sum = __m256;
     using Operand = __m256;
     static constexpr int64_t kProducts = 8;
-    static Sum zero() { return _mm256_setzero_ps(); }
-    static Operand ones() { return _mm256_set1_ps(opaque_one<float>()); }
+    static Sum zero() { return _mm256_set1_ps(opaque(0.0f)); }
+    static Operand ones() { return _mm256_set1_ps(opaque(1.0f)); }
     static Sum add(Sum sum, Operand a, Operand b) { return _mm256_fmadd_ps(a, b, sum); }
     static double total(Sum sum) {
         alignas(32) float lanes[8];
@@ -24,8 +24,8 @@ struct Int8 {
     using Sum = __m256i;
     using Operand = __m256i;
     static constexpr int64_t kProducts = 32;
-    static Sum zero() { return _mm256_setzero_si256(); }
-    static Operand ones() { return _mm256_set1_epi8(opaque_one<char>()); }
+    static Sum zero() { return _mm256_set1_epi32(opaque(0)); }
+    static Operand ones() { return _mm256_set1_epi8(opaque(char{1})); }
     static Sum add(Sum sum, Operand a, Operand b) {
         __asm__ volatile("" : "+x"(a));  // or the products, which never change, are moved out of the loop
         const __m256i pairs = _mm256_maddubs_epi16(a, b);

@@ -10,8 +10,8 @@ struct Fp32 {
     using Sum = __m512;
     using Operand = __m512;
     static constexpr int64_t kProducts = 16;
-    static Sum zero() { return _mm512_setzero_ps(); }
-    static Operand ones() { return _mm512_set1_ps(opaque_one<float>()); }
+    static Sum zero() { return _mm512_set1_ps(opaque(0.0f)); }
+    static Operand ones() { return _mm512_set1_ps(opaque(1.0f)); }
     static Sum add(Sum sum, Operand a, Operand b) { return _mm512_fmadd_ps(a, b, sum); }
     static double total(Sum sum) {
         alignas(64) float lanes[16];

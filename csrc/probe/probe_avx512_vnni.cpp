@@ -10,8 +10,8 @@ struct Int8 {
     using Sum = __m512i;
     using Operand = __m512i;
     static constexpr int64_t kProducts = 64;
-    static Sum zero() { return _mm512_setzero_si512(); }
-    static Operand ones() { return _mm512_set1_epi8(opaque_one<char>()); }
+    static Sum zero() { return _mm512_set1_epi32(opaque(0)); }
+    static Operand ones() { return _mm512_set1_epi8(opaque(char{1})); }
     static Sum add(Sum sum, Operand a, Operand b) { return _mm512_dpbusd_epi32(sum, a, b); }
     static double total(Sum sum) {
         alignas(64) int32_t lanes[16];

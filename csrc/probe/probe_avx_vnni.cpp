@@ -10,8 +10,8 @@ struct Int8 {
     using Sum = __m256i;
     using Operand = __m256i;
     static constexpr int64_t kProducts = 32;
-    static Sum zero() { return _mm256_setzero_si256(); }
-    static Operand ones() { return _mm256_set1_epi8(opaque_one<char>()); }
+    static Sum zero() { return _mm256_set1_epi32(opaque(0)); }
+    static Operand ones() { return _mm256_set1_epi8(opaque(char{1})); }
     static Sum add(Sum sum, Operand a, Operand b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
     static double total(Sum sum) {
         alignas(32) int32_t lanes[8];

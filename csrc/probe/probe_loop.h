@@ -32,11 +32,12 @@ constexpr ArithmeticLoop loop_of(const char* name, const char* kind) {
     return {name, kind, 2 * static_cast<int64_t>(kSums) * Isa::kProducts, &run_loop<Isa>};
 }
 
-// A one that the compiler does not know to be one: it would leave the multiplication out.
+// A number that the compiler does not know. A factor that it knew to be one would be left out, and sums that it knew to
+// begin alike would become a single one.
 template <typename Number>
-Number opaque_one() {
-    volatile Number one = 1;
-    return one;
+Number opaque(Number number) {
+    volatile Number hidden = number;
+    return hidden;
 }
 
 template <typename Lane, size_t kLanes>

@@ -10,8 +10,8 @@ struct Fp32 {
     using Sum = float32x4_t;
     using Operand = float32x4_t;
     static constexpr int64_t kProducts = 4;
-    static Sum zero() { return vdupq_n_f32(0); }
-    static Operand ones() { return vdupq_n_f32(opaque_one<float>()); }
+    static Sum zero() { return vdupq_n_f32(opaque(0.0f)); }
+    static Operand ones() { return vdupq_n_f32(opaque(1.0f)); }
     static Sum add(Sum sum, Operand a, Operand b) { return vfmaq_f32(sum, a, b); }
     static double total(Sum sum) { return vaddvq_f32(sum); }
 };

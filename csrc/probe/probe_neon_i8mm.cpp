@@ -10,8 +10,8 @@ struct Int8 {
     using Sum = int32x4_t;
     using Operand = int8x16_t;
     static constexpr int64_t kProducts = 32;
-    static Sum zero() { return vdupq_n_s32(0); }
-    static Operand ones() { return vdupq_n_s8(opaque_one<int8_t>()); }
+    static Sum zero() { return vdupq_n_s32(opaque(0)); }
+    static Operand ones() { return vdupq_n_s8(opaque(int8_t{1})); }
     static Sum add(Sum sum, Operand a, Operand b) { return vmmlaq_s32(sum, a, b); }
     static double total(Sum sum) { return vaddvq_s32(sum); }
 };
