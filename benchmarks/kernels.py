@@ -44,6 +44,7 @@ import numpy.typing as npt
 
 import machine
 from biomedgpt_edge import _native
+from biomedgpt_edge.bench.counters import usable_processors
 from biomedgpt_edge.splice import EmbeddingTable, FeaturePart, Projection, TokenPart, splice
 
 Array = npt.NDArray[Any]
@@ -839,7 +840,7 @@ def fix_thread_counts(threads: int) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [shape.name for shape in SHAPES]
-    parser.add_argument("--threads", type=int, default=min(2, machine.usable_cores()))
+    parser.add_argument("--threads", type=int, default=min(2, len(usable_processors())))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds before a turn (default 0.05)")

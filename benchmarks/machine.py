@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from biomedgpt_edge.bench.counters import usable_processors
+from biomedgpt_edge.bench.host import last_level_cache
+
 CPUINFO = Path("/proc/cpuinfo")
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Flags that decide which instructions a matrix product can use, in the words of /proc/cpuinfo (x86-64, then aarch64).
 FLAGS_THAT_MATTER = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
@@ -47,18 +49,6 @@ def _cpuinfo(*keys: str) -> str:
     return ""
 
 
-def usable_cores() -> int:
-    """Processors this process may run on, which a container or taskset may have cut down."""
-    return len(os.sched_getaffinity(0))
-
-
-def last_level_cache() -> int:
-    """Size of the largest cache in bytes, 0 where Linux does not say. Virtual machines share it with others."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    texts = [file.read_text().strip() for file in CACHES.glob("index*/size")]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=0)
-
-
 def describe(threads: int) -> dict[str, Any]:
     """The machine and the libraries that results depend on. Absent libraries are None."""
     versions: dict[str, str | None] = {}
@@ -71,9 +61,9 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "flags": [flag for flag in FLAGS_THAT_MATTER if flag in flags],
-        "cores usable": usable_cores(),
+        "cores usable": len(usable_processors()),
         "threads used": threads,
-        "last-level cache MiB": last_level_cache() / 2**20,
+        "last-level cache MiB": (last_level_cache() or 0) / 2**20,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": versions,
@@ -284,7 +274,7 @@ def bandwidth_buffer(limit: int = 2**30) -> npt.NDArray[np.float32]:
     A server's last level can be so large, and shared between so many virtual machines, that `limit` is less than four
     times of it. `describe` prints both.
     """
-    size = min(max(4 * last_level_cache(), 2**28), limit)
+    size = min(max(4 * (last_level_cache() or 0), 2**28), limit)
     return np.ones(size // 4, np.float32)  # written once, so that the pages exist
 
 

@@ -10,6 +10,7 @@
 #include "common/cpu_features.h"
 #include "common/cuda_device.h"
 #include "common/error.h"
+#include "probe/probe.h"
 #include "python/array.h"
 #include "splice/splice.h"
 
@@ -37,6 +38,7 @@ constexpr Expected kScales{1, "float32 [vocab], contiguous, or None"};
 constexpr Expected kIds{1, "int64 or int32 [count], contiguous"};
 constexpr Expected kFeatures{2, "float32 or float16 [count, in], the elements of a row adjacent"};
 constexpr Expected kWeight{2, "float32 or float16 [hidden, in], contiguous"};
+constexpr Expected kWords{1, "int64 [words], contiguous"};
 constexpr Expected kBias{1, "float32 [hidden], contiguous"};
 
 // True and False, which are ints to Python, are more likely to be a mistake than a number here.
@@ -275,12 +277,49 @@ py::dict cpu_features() {
     features["f16c"] = cpu.f16c;
     features["avx512"] = cpu.avx512;
     features["avx512_bf16"] = cpu.avx512_bf16;
+    features["avx_vnni"] = cpu.avx_vnni;
+    features["avx512_vnni"] = cpu.avx512_vnni;
     features["amx"] = cpu.amx;
     features["amx_bf16"] = cpu.amx_bf16;
+    features["amx_int8"] = cpu.amx_int8;
     features["neon"] = cpu.neon;
     features["neon_fp16"] = cpu.neon_fp16;
     features["neon_bf16"] = cpu.neon_bf16;
+    features["neon_dotprod"] = cpu.neon_dotprod;
+    features["neon_i8mm"] = cpu.neon_i8mm;
     return features;
+}
+
+py::tuple read_patterns() {
+    const std::vector<const char*>& names = biomedgpt::read_patterns();
+    py::tuple patterns(names.size());
+    for (size_t i = 0; i < names.size(); ++i) patterns[i] = py::str(names[i]);
+    return patterns;
+}
+
+uint64_t read_memory(const py::object& words, const py::object& pattern) {
+    Place host;
+    const Array array(words, {"words"}, kWords, host);
+    if (array.dtype() != DType::i64) array.refuse();
+    require_contiguous(array);
+    const std::string_view name = text_of(pattern, {"pattern"});
+    const py::gil_scoped_release released;
+    return biomedgpt::read_memory(static_cast<const uint64_t*>(array.data()), array.size(), name);
+}
+
+py::list arithmetic_loops() {
+    py::list loops;
+    for (const biomedgpt::ArithmeticLoop& loop : biomedgpt::arithmetic_loops()) {
+        loops.append(py::make_tuple(loop.name, loop.kind, loop.operations_per_step));
+    }
+    return loops;
+}
+
+double run_arithmetic(const py::object& name, const py::object& kind, const py::object& steps) {
+    const std::string_view loop = text_of(name, {"name"}), operands = text_of(kind, {"kind"});
+    const int64_t count = int_of(steps, {"steps"});
+    const py::gil_scoped_release released;
+    return biomedgpt::run_arithmetic(loop, operands, count);
 }
 
 // Texts may hold bytes of other libraries, such as the names of their capsules, or be cut within a character.
@@ -338,6 +377,10 @@ PYBIND11_MODULE(_native, module) {
                py::arg("segments"), py::arg("stream") = 0, py::arg("allow_16bit") = false);
     module.def("splice_paths", &splice_paths);
     module.def("cpu_features", &cpu_features);
+    module.def("read_patterns", &read_patterns);
+    module.def("read_memory", &read_memory, py::arg("words"), py::arg("pattern"));
+    module.def("arithmetic_loops", &arithmetic_loops);
+    module.def("run_arithmetic", &run_arithmetic, py::arg("name"), py::arg("kind"), py::arg("steps"));
     module.def("cuda_compiled", &biomedgpt::cuda_compiled);
     module.def("cuda_device_count", &biomedgpt::cuda_device_count);
 }

@@ -69,6 +69,18 @@ SCALES = {
         esm_heads=4,
         esm_ffn=256,
     ),
+    "1b": Scale(
+        hidden=2048,
+        layers=22,
+        heads=32,
+        ffn=5632,
+        positions=2048,
+        pieces=32000,
+        esm_hidden=640,
+        esm_layers=30,
+        esm_heads=20,
+        esm_ffn=2560,
+    ),
     "full": Scale(
         hidden=4096,
         layers=32,

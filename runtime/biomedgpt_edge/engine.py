@@ -288,6 +288,15 @@ class Engine:
             first: Logits = logits.copy()
             return first
 
+    @property
+    def decoder(self) -> Decoder:
+        """The loaded decoder that answers run through, for measuring it alone.
+
+        Raises:
+            ClosedError: the engine is closed.
+        """
+        return self._loaded_decoder()
+
     def close(self) -> None:
         """Frees the models once the streams that are still open have ended; those can be finished."""
         self._prefixes = None

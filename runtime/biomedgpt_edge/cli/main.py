@@ -31,6 +31,7 @@ _COMMANDS = {
     "chat": "talk about molecules and proteins, with memory of what was said",
     "inspect": "show what a bundle holds, how it was made and under which terms it may be used",
     "verify": "compare every file of a bundle with the hashes in its manifest",
+    "bench": "measure load, encoders, prefill, decode and whole requests against this machine's limits",
     "cache": "show what is derived on this machine, or remove it",
     "doctor": "show what this machine has for running bundles, and what is missing",
 }

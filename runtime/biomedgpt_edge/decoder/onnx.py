@@ -31,6 +31,9 @@ GROWTH = 256
 # kernel; a single row is attended to by yet another one. So rows agree where calls are cut at multiples of the blocks.
 TILE = 16
 
+# Of the KV cache: the CPU kernels are fastest with it.
+KV_DTYPE = np.dtype(np.float32)
+
 
 class OnnxDecoder:
     """The decoder graph of a bundle, loaded.
@@ -71,7 +74,7 @@ class _Steps:
 
 
 class OnnxState:
-    """One sequence: KV buffers that grow up to a capacity, float32 as the CPU kernels are fastest with."""
+    """One sequence: KV buffers of ``KV_DTYPE`` that grow up to a capacity."""
 
     def __init__(
         self,
@@ -183,7 +186,7 @@ class OnnxState:
     def _begin(self, start: KeyValues) -> None:
         spec = self._spec
         shape = (2 * spec.layers, spec.kv_heads, start.shape[2] if start.ndim == 4 else 1, spec.head_size)
-        if start.dtype != np.float32 or start.shape != shape:
+        if start.dtype != KV_DTYPE or start.shape != shape:
             raise KernelArgumentError(
                 f"keys and values are {start.dtype}{list(start.shape)}.",
                 seen=str(list(start.shape)),
@@ -232,7 +235,7 @@ def _cache_names(spec: DecoderSpec) -> list[str]:
 
 
 def _empty(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:
-    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_size), np.float32)
+    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_size), KV_DTYPE)
     return dict.fromkeys(_cache_names(spec), nothing)
 
 
@@ -240,9 +243,9 @@ def _allocate(spec: DecoderSpec, room: int) -> npt.NDArray[np.float32]:
     """One side of one layer."""
     shape = (1, spec.kv_heads, room, spec.head_size)
     try:
-        return np.zeros(shape, np.float32)
+        return np.zeros(shape, KV_DTYPE)
     except (MemoryError, ValueError) as error:
-        size = 2 * spec.layers * 4 * math.prod(shape)
+        size = 2 * spec.layers * KV_DTYPE.itemsize * math.prod(shape)
         raise PlatformError(
             f"the KV cache of {room:,} positions takes {size / 2**30:,.1f} GiB, which this machine does not give.",
             seen=size,
