@@ -275,11 +275,15 @@ py::dict cpu_features() {
     features["f16c"] = cpu.f16c;
     features["avx512"] = cpu.avx512;
     features["avx512_bf16"] = cpu.avx512_bf16;
+    features["avx_vnni"] = cpu.avx_vnni;
+    features["avx512_vnni"] = cpu.avx512_vnni;
     features["amx"] = cpu.amx;
     features["amx_bf16"] = cpu.amx_bf16;
+    features["amx_int8"] = cpu.amx_int8;
     features["neon"] = cpu.neon;
     features["neon_fp16"] = cpu.neon_fp16;
     features["neon_bf16"] = cpu.neon_bf16;
+    features["neon_dotprod"] = cpu.neon_dotprod;
     return features;
 }
 

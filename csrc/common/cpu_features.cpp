@@ -44,14 +44,21 @@ CpuFeatures detect() {
     // above settles the system's part; tiles have a permission of their own.
     found.f16c = found.avx2 && (Leaf(1, 0).ecx & bit_F16C) != 0;
     found.avx512_bf16 = found.avx512 && (Leaf(7, 1).eax & 1u << 5) != 0;
+    found.avx_vnni = found.avx2 && (Leaf(7, 1).eax & 1u << 4) != 0;
+    found.avx512_vnni = found.avx512 && (Leaf(7, 0).ecx & 1u << 11) != 0;
     constexpr unsigned kTilesAndBf16 = 1u << 24 | 1u << 22;
     found.amx = (Leaf(7, 0).edx & kTilesAndBf16) == kTilesAndBf16;
-    found.amx_bf16 = found.avx512_bf16 && found.amx && tiles_granted();
+    constexpr unsigned kTilesAndInt8 = 1u << 24 | 1u << 25;
+    const bool amx_int8 = (Leaf(7, 0).edx & kTilesAndInt8) == kTilesAndInt8;
+    const bool granted = found.avx512 && (found.amx || amx_int8) && tiles_granted();
+    found.amx_bf16 = found.avx512_bf16 && found.amx && granted;
+    found.amx_int8 = amx_int8 && granted;
 #elif defined(__aarch64__)
     found.neon = true;  // part of the base architecture
 #if defined(__linux__)
-    found.neon_fp16 = (getauxval(AT_HWCAP) & 1ul << 23) != 0;   // HWCAP_ASIMDFHM
-    found.neon_bf16 = (getauxval(AT_HWCAP2) & 1ul << 14) != 0;  // HWCAP2_BF16
+    found.neon_dotprod = (getauxval(AT_HWCAP) & 1ul << 20) != 0;  // HWCAP_ASIMDDP
+    found.neon_fp16 = (getauxval(AT_HWCAP) & 1ul << 23) != 0;     // HWCAP_ASIMDFHM
+    found.neon_bf16 = (getauxval(AT_HWCAP2) & 1ul << 14) != 0;    // HWCAP2_BF16
 #endif
 #endif
     return found;
