@@ -197,8 +197,11 @@ void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices
     const Int4Path& path = choose_path(options.path);
     check_int4(args, matrices);
     const Int4Shape& shape = args.weights.shape;
-    for (int64_t first = 0; first < args.rows; first += kInt4RowBlock) {
-        const int64_t count = std::min(kInt4RowBlock, args.rows - first);
+    // Blocks of about the same size: one row that is left over would cost a pass over the weights of its own.
+    const int64_t blocks = std::max<int64_t>(1, (args.rows + kInt4RowBlock - 1) / kInt4RowBlock);
+    const int64_t block_rows = round_up((args.rows + blocks - 1) / blocks, kInt4RowStep);
+    for (int64_t first = 0; first < args.rows; first += block_rows) {
+        const int64_t count = std::min(block_rows, args.rows - first);
         const Int4Rows rows = workspace().rows_for(count, shape);
         quantize_rows(path, args.x + first * shape.columns, count, shape, rows, options.parallel);
         const Block block{path, args.weights, rows, count, args.y + first * shape.rows};

@@ -13,19 +13,15 @@
 // order in which they are used, as one stream without gaps: records [panels, groups], one record after another, where a
 // panel is 32 rows. A record holds what 32 rows need of one group, values and scales side by side, in whole cache
 // lines:
-//     bytes 0 to 16 * group - 1       values, in blocks of 128 bytes for 8 columns k, k + 1, ... k + 7. Byte 4 * r + j
-//     of
-//                                     a block holds column k + j of row r in its low four bits, k + 4 + j in the high
-//                                     ones
-//     the next 64 bytes               32 float16 scales, one for each row
+//   - 16 * group bytes of values, in blocks of 128 bytes for 8 columns k, k + 1, ... k + 7. Byte 4 * r + j of a block,
+//     where j < 4, holds column k + j of row r in its low four bits and column k + j + 4 in the high ones;
+//   - 64 bytes, the float16 scales of the 32 rows.
 // Any 64, 32 or 16 bytes of a block, masked or shifted once, are then operands of an instruction that adds dot products
-// of four bytes to 32-bit sums, for 16, 8 or 4 rows; and 16 such vectors are a tile of a processor that has tiles. Rows
-// beyond N in the last panel have the value 8 and scale 0. Columns beyond K in the last group are multiplied by zero.
-// Records begin at an address that is a multiple of 64. A file should hold a matrix at a multiple of 4096 bytes, where
-// it can be mapped.
+// of four bytes to 32-bit sums, for 16, 8 or 4 rows; and 16 such vectors are a tile of a processor that has tiles.
 //
-// The weights of a gate and an up projection, for int4_gate_up, are interleaved by panels: gate 0, up 0, gate 1,
-// up 1...
+// Rows beyond N in the last panel have the value 8 and scale 0. Columns beyond K in the last group are multiplied by 0.
+// Records begin at an address that is a multiple of 64. A file should hold a matrix at a multiple of 4096 bytes, where
+// it can be mapped. For int4_gate_up, a gate and an up projection are interleaved by panels: gate 0, up 0, gate 1, ...
 #pragma once
 
 #include <cstdint>
@@ -95,8 +91,9 @@ void int4_gate_up(const Int4Args& args, const Int4Options& options = {});
 
 struct Int4Activations {
     int8_t* values = nullptr;  // [rows, groups * group], -127 to 127, zero beyond K
-    float* scales =
-        nullptr;  // [rows, groups]: largest magnitude / 127; 0 where that is below 2^-119, NaN where not finite
+    // [rows, groups]: the largest magnitude / 127, but 0 where that magnitude is below 2^-119 and NaN where it is not
+    // finite; values are zeros then.
+    float* scales = nullptr;
     int32_t* zero_terms = nullptr;  // [rows, groups]: -8 times the sum of the values, since weights are stored plus 8
 };
 

@@ -170,6 +170,7 @@ void multiply_up_to(const Int4Tile& tile, int64_t rows) {
 inline void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_t* __restrict unpacked) {
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t block = 0; block < group / kBlockColumns; ++block) {
+            prefetch(records, kQuadBytes);
             for (int64_t i = 0; i < kQuadBytes; ++i) {
                 unpacked[i] = records[i] & 15;
                 unpacked[kQuadBytes + i] = records[i] >> 4;
