@@ -303,6 +303,12 @@ class Int4Array {
     Array array_;
 };
 
+py::tuple int4_records_shape(const py::object& rows, const py::object& columns, const py::object& group) {
+    const biomedgpt::Int4Shape shape{int_of(rows, {"rows"}), int_of(columns, {"columns"}), int_of(group, {"group"})};
+    biomedgpt::check_int4_shape(shape);
+    return py::make_tuple(shape.panels(), shape.groups(), shape.record_bytes());
+}
+
 // What MatMulNBits' arrays say about the matrix they hold; columns of padding count.
 biomedgpt::Int4Shape int4_shape_of(const Int4Array& values, const Int4Array& scales, py::handle group) {
     const int64_t size = int_of(group, {"group"});
@@ -455,15 +461,21 @@ Raises KernelArgumentError, with out untouched, or PlatformError where CUDA is m
 
 constexpr char kInt4PackDoc[] = R"(Packs a matrix from MatMulNBits' layout into records, as csrc/int4/int4.h has them.
 
-records: uint8 [ceil(N / 32), groups * (16 * group + 64)], filled, at an address that is a multiple of 64.
+records: uint8 [panels, groups * bytes of a record], filled; see int4_records_shape.
 values: uint8 [N, groups * group / 2]. scales: float16 [N, groups]. group: 128, 64 or 32.
 
 Raises KernelArgumentError, with records untouched, for anything else. int4_unpack is the inverse.)";
 
+constexpr char kInt4RecordsShapeDoc[] =
+    R"((panels, groups, bytes of a record) of a matrix [rows, columns] in groups of columns.
+
+Raises KernelArgumentError where no records hold such a matrix.)";
+
 constexpr char kInt4LinearDoc[] = R"(y = x W^T with four-bit weights, and activations quantized to eight bits per group.
 
-y: float32 [rows, N], filled. x: float32 [rows, K]. records: as int4_pack makes them, of N rows and K columns rounded up
-to whole groups; for int4_gate_up, those of gate and up by turns: then y = silu(x Wgate^T) * (x Wup^T).
+y: float32 [rows, N], filled. x: float32 [rows, K]. records: as int4_pack makes them, at an address that is a multiple
+of 64, of N rows and K columns rounded up to whole groups; for int4_gate_up, those of gate and up by turns: then
+y = silu(x Wgate^T) * (x Wup^T).
 threads: an upper bound, from 1. path: "auto" or one of int4_paths(). Neither changes a bit of y.
 
 Raises KernelArgumentError, with y untouched, for anything else.)";
@@ -484,6 +496,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("splice_cuda", &splice_cuda, kSpliceCudaDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
                py::arg("segments"), py::arg("stream") = 0, py::arg("allow_16bit") = false);
     module.def("splice_paths", &splice_paths);
+    module.def("int4_records_shape", &int4_records_shape, kInt4RecordsShapeDoc, py::arg("rows"), py::arg("columns"),
+               py::arg("group"));
     module.def("int4_pack", &int4_pack, kInt4PackDoc, py::arg("records"), py::arg("values"), py::arg("scales"),
                py::arg("group"));
     module.def("int4_unpack", &int4_unpack, py::arg("values"), py::arg("scales"), py::arg("records"), py::arg("group"));

@@ -10,7 +10,6 @@ import numpy as np
 from biomedgpt_edge import _native
 
 Array = np.ndarray[Any, Any]
-PANEL_ROWS = 32
 ALIGNMENT = 64
 
 
@@ -25,9 +24,9 @@ class Matrix:
     @property
     def records(self) -> Array:
         """uint8 [panels, bytes of a panel], at an address that is a multiple of 64."""
-        count, groups = self.scales.shape
-        panel_bytes = groups * (16 * self.group + 64)
-        records = aligned((-(-count // PANEL_ROWS), panel_bytes))
+        rows, groups = self.scales.shape
+        panels, _, record_bytes = _native.int4_records_shape(rows, groups * self.group, self.group)
+        records = aligned((panels, groups * record_bytes))
         _native.int4_pack(records, self.values, self.scales, self.group)
         return records
 

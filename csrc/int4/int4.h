@@ -59,7 +59,7 @@ struct Int4Blocks {
 // Throws ArgumentError for a shape that no weights have.
 void check_int4_shape(const Int4Shape& shape);
 
-// From blocks to records [shape.bytes()] and back: what is not padding comes back bit for bit.
+// From blocks to records [shape.bytes()], at any address, and back: what is not padding comes back bit for bit.
 void int4_pack(const Int4Shape& shape, const Int4Blocks& blocks, uint8_t* records, const ParallelFor& parallel = {});
 void int4_unpack(const Int4Shape& shape, const uint8_t* records, uint8_t* values, uint16_t* scales,
                  const ParallelFor& parallel = {});

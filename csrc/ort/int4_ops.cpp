@@ -1,5 +1,6 @@
 #include "ort/int4_ops.h"
 
+#include <algorithm>
 #include <climits>
 #include <functional>
 #include <memory>
@@ -20,10 +21,11 @@ struct Shape {
     int64_t dims[kMaxRank] = {};
     size_t rank = 0;
 
-    Shape(const Api& api, const TensorTypeAndShapeInfo& info) {
+    // `name` is the tensor's, for the error.
+    Shape(const Api& api, const TensorTypeAndShapeInfo& info, const char* name) {
         require(GetDimensionsCount::call(api, &info, &rank));
         if (rank > kMaxRank) {
-            throw ArgumentError("x", std::to_string(rank) + " dimensions", "at most " + std::to_string(kMaxRank));
+            throw ArgumentError(name, std::to_string(rank) + " dimensions", "at most " + std::to_string(kMaxRank));
         }
         require(GetDimensions::call(api, &info, dims, rank));
     }
@@ -35,12 +37,12 @@ struct Shape {
     }
 };
 
-Shape shape_of(const Api& api, const Value& value) {
+Shape shape_of(const Api& api, const Value& value, const char* name) {
     TensorTypeAndShapeInfo* info = nullptr;
     require(GetTensorTypeAndShape::call(api, &value, &info));
     const auto release = [&api](TensorTypeAndShapeInfo* of) { ReleaseTensorTypeAndShapeInfo::call(api, of); };
     const std::unique_ptr<TensorTypeAndShapeInfo, decltype(release)> owned(info, release);
-    return {api, *info};
+    return {api, *info, name};
 }
 
 void* data_of(const Api& api, const Value& value) {
@@ -66,7 +68,7 @@ class Int4Kernel {
         if (constant == 0 || records == nullptr) {
             throw ArgumentError("records", "an input that may change", "an initializer that nothing overrides");
         }
-        set_records(shape_of(api, *records), data_of(api, *records));
+        set_records(shape_of(api, *records, "records"), data_of(api, *records));
     }
 
     const Int4Op& op() const { return op_; }
@@ -76,14 +78,16 @@ class Int4Kernel {
         if (data_of(api_, *input(context, kRecords)) != weights_.records) {
             throw ArgumentError("records", "other memory than when the session was made", "the same initializer");
         }
-        Shape shape = shape_of(api_, *x);
+        Shape shape = shape_of(api_, *x, "x");
         const int64_t columns = weights_.shape.columns;
         if (shape.rank == 0 || shape.dims[shape.rank - 1] != columns) {
             throw ArgumentError("x", "float32 " + shape.text(), "float32 [..., " + std::to_string(columns) + "]");
         }
         int64_t* last = shape.dims + shape.rank - 1;
         Int4Args args;
-        args.rows = std::accumulate(shape.dims, last, int64_t{1}, std::multiplies<>());
+        // Where one dimension is 0, nothing bounds the product of the others.
+        const bool empty = std::find(shape.dims, last, 0) != last;
+        args.rows = empty ? 0 : std::accumulate(shape.dims, last, int64_t{1}, std::multiplies<>());
         args.weights = weights_;
         args.x = static_cast<const float*>(data_of(api_, *x));
         *last = weights_.shape.rows;
@@ -159,8 +163,8 @@ Status* infer_shape(const CustomOp* op, ShapeInferContext* context) {
     return status_of(api, self(op).name, [&] {
         TensorTypeAndShapeInfo* x = nullptr;
         require(ShapeInferContextGetInputTypeShape::call(api, context, kX, &x));
-        Shape shape(api, *x);
-        if (shape.rank == 0) throw ArgumentError("x", "no dimension", "float32 [..., K]");
+        Shape shape(api, *x, "x");
+        if (shape.rank == 0) return;  // not known yet, and then neither is that of y
         const OpAttr* attribute = nullptr;
         require(ShapeInferContextGetAttribute::call(api, context, "N", &attribute));
         size_t size = 0;

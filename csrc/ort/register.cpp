@@ -1,6 +1,8 @@
 #include "ort/register.h"
 
-#include "int4/int4.h"
+#include <cstdio>
+#include <stdexcept>
+
 #include "ort/int4_ops.h"
 #include "ort/ort_call.h"
 #include "ort/self_test.h"
@@ -20,11 +22,12 @@ struct Domain {
     }
 };
 
-Status* too_old(const ApiBase& base) {
-    const Api* first = base.GetApi(1);
-    const std::string message = "the operators of biomedgpt need ONNX Runtime 1.17 or newer; this is " +
-                                std::string(base.GetVersionString()) + ".";
-    return CreateStatus::call(*first, ErrorCode::not_implemented, message.c_str());
+Status* too_old(const ApiBase& base) noexcept {
+    // Not a string, which might throw where nobody would catch it.
+    char message[128];
+    std::snprintf(message, sizeof message, "the operators of biomedgpt need ONNX Runtime 1.17 or newer; this is %s.",
+                  base.GetVersionString());
+    return CreateStatus::call(*base.GetApi(1), ErrorCode::not_implemented, message);
 }
 
 }  // namespace
@@ -40,6 +43,9 @@ extern "C" biomedgpt::ort::Status* RegisterCustomOps(biomedgpt::ort::SessionOpti
             biomedgpt::require_correct_int4();
             return Domain(*api);
         }();
+        if (domain.linear.api != api) {
+            throw std::runtime_error("another copy of ONNX Runtime in this process has these operators already.");
+        }
         require(AddCustomOpDomain::call(*api, options, domain.domain));
     });
 }

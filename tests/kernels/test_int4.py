@@ -33,6 +33,16 @@ def test_paths_are_best_first_and_supported() -> None:
     assert [name for name in order if name in PATHS] == PATHS
 
 
+def test_the_shape_of_records_is_that_of_whole_panels_and_groups() -> None:
+    assert _native.int4_records_shape(32, 256, 128) == (1, 2, 2112)
+    assert _native.int4_records_shape(33, 257, 64) == (2, 5, 1088)
+    assert _native.int4_records_shape(1, 1, 32) == (1, 1, 576)
+    with pytest.raises(KernelArgumentError, match="group: got 48, expected 128, 64 or 32"):
+        _native.int4_records_shape(32, 256, 48)
+    with pytest.raises(KernelArgumentError, match=r"weights: got int4 \[32, 16777217\]"):
+        _native.int4_records_shape(32, 2**24 + 1, 32)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("rows", [1, 32, 45])
 def test_unpacking_gives_back_what_was_packed(rows: int, group: int) -> None:

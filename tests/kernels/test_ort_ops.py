@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
-import biomedgpt_edge
+from biomedgpt_edge import int4_ops
+from biomedgpt_edge.errors import PlatformError
+from biomedgpt_edge.int4_ops import DOMAIN, register_int4_ops
 from int4_matrices import Array, Matrix, assert_product, interleaved, random_matrix
 
-LIBRARY = Path(biomedgpt_edge.__file__).parent / "_ort_ops.so"
-DOMAIN = "biomedgpt"
-OPSETS = [helper.make_opsetid(domain, version) for domain, version in (("", 18), (DOMAIN, 1), ("com.microsoft", 1))]
+OPSETS = [helper.make_opsetid(*opset) for opset in (("", 18), (DOMAIN, int4_ops.OPSET), ("com.microsoft", 1))]
 ROWS, COLUMNS, OUTPUTS, GROUP = 5, 300, 70, 128
 
 
@@ -26,7 +27,7 @@ def records_of(matrix: Matrix) -> Array:
 
 
 def model_of(
-    *nodes: onnx.NodeProto, initializers: dict[str, Array], x_shape: list[Any], inputs: list[Any] | None = None
+    *nodes: onnx.NodeProto, initializers: dict[str, Array], x_shape: list[Any] | None, inputs: list[Any] | None = None
 ) -> onnx.ModelProto:
     graph = helper.make_graph(
         list(nodes),
@@ -38,7 +39,7 @@ def model_of(
     return helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
 
 
-def linear_model(matrix: Matrix, x_shape: list[Any], op: str = "Int4Linear", **changed: Any) -> onnx.ModelProto:
+def linear_model(matrix: Matrix, x_shape: list[Any] | None, op: str = "Int4Linear", **changed: Any) -> onnx.ModelProto:
     attributes = {"N": len(matrix.scales), "K": COLUMNS} | changed
     node = helper.make_node(op, ["x", "records"], ["y"], domain=DOMAIN, **attributes)
     return model_of(node, initializers={"records": records_of(matrix)}, x_shape=x_shape)
@@ -48,7 +49,7 @@ def session(model: onnx.ModelProto | Path, threads: int = 1) -> ort.InferenceSes
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    options.register_custom_ops_library(str(LIBRARY))
+    register_int4_ops(options)
     given = str(model) if isinstance(model, Path) else model.SerializeToString()
     return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
@@ -120,21 +121,31 @@ def test_linear_agrees_with_matmulnbits(x: Array) -> None:
     assert np.abs(ours - theirs).max() < 0.01 * spread
 
 
-def test_weights_are_read_from_an_external_file(matrix: Matrix, x: Array, tmp_path: Path) -> None:
+def external_model(matrix: Matrix, folder: Path, offset: int) -> Path:
+    """A model whose records lie in ``weights.bin``, from byte ``offset`` on."""
     model = linear_model(matrix, ["rows", COLUMNS])
     records = model.graph.initializer[0]
-    (tmp_path / "weights.bin").write_bytes(bytes(8192) + records.raw_data)
-    entries = {"location": "weights.bin", "offset": "8192", "length": str(len(records.raw_data))}
+    (folder / "weights.bin").write_bytes(bytes(offset) + records.raw_data)
+    entries = {"location": "weights.bin", "offset": str(offset), "length": str(len(records.raw_data))}
     records.ClearField("raw_data")
     records.data_location = onnx.TensorProto.EXTERNAL
     for key, value in entries.items():
         records.external_data.add(key=key, value=value)
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    opened = session(tmp_path / "model.onnx")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+def test_weights_are_read_from_an_external_file(matrix: Matrix, x: Array, tmp_path: Path) -> None:
+    opened = session(external_model(matrix, tmp_path, 8192))
     (y,) = opened.run(None, {"x": x})
     assert_product(y, x, matrix)
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("weights.bin")]
     assert mapped
+
+
+def test_records_that_are_mapped_between_cache_lines_are_refused(matrix: Matrix, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeException, match="records: got misaligned data, expected an address that is a multiple"):
+        session(external_model(matrix, tmp_path, 8192 + 32))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +155,8 @@ def test_weights_are_read_from_an_external_file(matrix: Matrix, x: Array, tmp_pa
         ({"K": 256}, "records: got uint8 [3, 3, 2112], expected uint8 [3, 2, 2112]"),
         ({"K": 0}, "weights: got int4 [70, 0]"),
         ({"N": -1}, "weights: got int4 [-1, 300]"),
+        ({"N": -(2**63)}, "weights: got int4 [-9223372036854775808, 300]"),
+        ({"K": 2**63 - 1}, "weights: got int4 [70, 9223372036854775807]"),
         ({"op": "Int4GateUp"}, "expected uint8 [6, 3, 2112]"),
     ],
 )
@@ -154,13 +167,31 @@ def test_records_that_do_not_fit_are_refused(matrix: Matrix, changed: dict[str, 
     assert f"{changed.get('op', 'Int4Linear')}: " in str(caught.value)
 
 
-@pytest.mark.parametrize("shape", [(3, 6336), (9, 3, 704), (3, 3, 2111)])
+@pytest.mark.parametrize("shape", [(3, 6336), (9, 3, 704), (3, 3, 2111), (3, 3, 0), ()])
 def test_records_of_another_layout_are_refused(matrix: Matrix, shape: tuple[int, ...]) -> None:
     model = linear_model(matrix, ["rows", COLUMNS])
     records = np.zeros(shape, np.uint8)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(records, "records"))
     with pytest.raises(RuntimeException, match=r"for groups of 128, 64 or 32 columns"):
         session(model)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2112), (3, 0, 2112), (2, 3, 2112)])
+def test_records_of_another_matrix_are_refused(matrix: Matrix, shape: tuple[int, ...]) -> None:
+    model = linear_model(matrix, ["rows", COLUMNS])
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros(shape, np.uint8), "records"))
+    with pytest.raises(RuntimeException, match=r"expected uint8 \[3, 3, 2112\] for N = 70 and K = 300"):
+        session(model)
+
+
+def test_more_dimensions_than_any_tensor_needs_are_refused(matrix: Matrix) -> None:
+    model = linear_model(matrix, ["rows", COLUMNS])
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((1,) * 9, np.uint8), "records"))
+    with pytest.raises(RuntimeException, match="records: got 9 dimensions, expected at most 8"):
+        session(model)
+    opened = session(linear_model(matrix, None))
+    with pytest.raises(InvalidArgument, match="x: got 9 dimensions, expected at most 8"):
+        opened.run(None, {"x": np.zeros((*(1,) * 8, COLUMNS), np.float32)})
 
 
 def test_a_missing_attribute_is_refused(matrix: Matrix) -> None:
@@ -185,7 +216,38 @@ def test_an_input_of_another_width_is_refused(matrix: Matrix) -> None:
         opened.run(None, {"x": np.zeros((2, 299), np.float32)})
 
 
-def test_a_library_may_be_registered_with_many_sessions(matrix: Matrix, x: Array) -> None:
+def test_the_shape_of_x_need_not_be_known_beforehand(matrix: Matrix, x: Array) -> None:
+    (y,) = session(linear_model(matrix, None)).run(None, {"x": x[np.newaxis]})
+    assert y.shape == (1, ROWS, OUTPUTS)
+
+
+def test_the_operators_may_be_registered_with_many_sessions(matrix: Matrix, x: Array) -> None:
     model = linear_model(matrix, ["rows", COLUMNS])
     results = [session(model).run(None, {"x": x})[0] for _ in range(3)]
     np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_the_operators_are_refused_twice_in_one_session(matrix: Matrix) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    for _ in range(2):
+        register_int4_ops(options)
+    model = linear_model(matrix, ["rows", COLUMNS])
+    with pytest.raises(Fail, match="Domain already set in registry"):
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def test_one_session_may_run_in_several_threads_at_once(matrix: Matrix, x: Array) -> None:
+    opened = session(linear_model(matrix, ["rows", COLUMNS]), threads=2)
+    prompts = [np.tile(x, (1 + i % 8, 1)) * np.float32(i) for i in range(64)]
+    alone = [opened.run(None, {"x": prompt})[0] for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda prompt: opened.run(None, {"x": prompt})[0], prompts))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_library_that_cannot_be_loaded_is_a_typed_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(int4_ops, "LIBRARY", tmp_path / "absent.so")
+    with pytest.raises(PlatformError, match=r"the int4 operators cannot be used with ONNX Runtime .*absent\.so"):
+        register_int4_ops(ort.SessionOptions())
