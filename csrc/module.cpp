@@ -411,6 +411,7 @@ py::dict cpu_features() {
     features["neon_fp16"] = cpu.neon_fp16;
     features["neon_bf16"] = cpu.neon_bf16;
     features["neon_dotprod"] = cpu.neon_dotprod;
+    features["neon_i8mm"] = cpu.neon_i8mm;
     return features;
 }
 

@@ -59,6 +59,7 @@ CpuFeatures detect() {
     found.neon_dotprod = (getauxval(AT_HWCAP) & 1ul << 20) != 0;  // HWCAP_ASIMDDP
     found.neon_fp16 = (getauxval(AT_HWCAP) & 1ul << 23) != 0;     // HWCAP_ASIMDFHM
     found.neon_bf16 = (getauxval(AT_HWCAP2) & 1ul << 14) != 0;    // HWCAP2_BF16
+    found.neon_i8mm = (getauxval(AT_HWCAP2) & 1ul << 13) != 0;    // HWCAP2_I8MM
 #endif
 #endif
     return found;

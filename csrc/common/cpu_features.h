@@ -18,6 +18,7 @@ struct CpuFeatures {
     bool neon_fp16 = false;     // FMLAL
     bool neon_bf16 = false;     // BFDOT
     bool neon_dotprod = false;  // SDOT
+    bool neon_i8mm = false;     // SMMLA
 };
 
 const CpuFeatures& cpu_features();

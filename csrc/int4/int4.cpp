@@ -33,6 +33,9 @@ class Paths {
 #if defined(BIOMEDGPT_HAVE_INT4_AVX2)
         if (cpu.avx2 && cpu.fma && cpu.f16c) add(kInt4Avx2);
 #endif
+#if defined(BIOMEDGPT_HAVE_INT4_NEON_I8MM)
+        if (cpu.neon_i8mm && cpu.neon_dotprod) add(kInt4NeonI8mm);
+#endif
 #if defined(BIOMEDGPT_HAVE_INT4_NEON_DOTPROD)
         if (cpu.neon_dotprod) add(kInt4NeonDotprod);
 #endif

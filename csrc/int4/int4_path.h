@@ -71,5 +71,8 @@ extern const Int4Path kInt4Amx;
 #if defined(BIOMEDGPT_HAVE_INT4_NEON_DOTPROD)
 extern const Int4Path kInt4NeonDotprod;
 #endif
+#if defined(BIOMEDGPT_HAVE_INT4_NEON_I8MM)
+extern const Int4Path kInt4NeonI8mm;
+#endif
 
 }  // namespace biomedgpt

@@ -27,9 +27,9 @@ def test_paths_are_best_first_and_supported() -> None:
     cpu = _native.cpu_features()
     assert PATHS[-1] == "portable"
     assert ("avx2" in PATHS) == (cpu["avx2"] and cpu["fma"] and cpu["f16c"])
-    for name in ("avx512_vnni", "avx_vnni", "neon_dotprod"):
+    for name in ("avx512_vnni", "avx_vnni", "neon_i8mm", "neon_dotprod"):
         assert (name in PATHS) <= cpu[name]
-    order = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "portable")
+    order = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "portable")
     assert [name for name in order if name in PATHS] == PATHS
 
 
