@@ -10,6 +10,8 @@
 #include "common/cpu_features.h"
 #include "common/cuda_device.h"
 #include "common/error.h"
+#include "common/parallel.h"
+#include "int4/int4.h"
 #include "probe/probe.h"
 #include "python/array.h"
 #include "splice/splice.h"
@@ -40,6 +42,15 @@ constexpr Expected kFeatures{2, "float32 or float16 [count, in], the elements of
 constexpr Expected kWeight{2, "float32 or float16 [hidden, in], contiguous"};
 constexpr Expected kWords{1, "int64 [words], contiguous"};
 constexpr Expected kBias{1, "float32 [hidden], contiguous"};
+
+constexpr Expected kInt4X{2, "float32 [rows, K], contiguous"};
+constexpr Expected kInt4Y{2, "float32 [rows, N], contiguous and writeable, with the rows of x"};
+constexpr Expected kInt4Records{2, "uint8 [panels, bytes of a panel], contiguous, and writeable where it is filled"};
+constexpr Expected kInt4Blocks{2, "uint8 [N, groups * group / 2], contiguous, and writeable where it is filled"};
+constexpr Expected kInt4Scales{2, "float16 [N, groups], contiguous, and writeable where it is filled"};
+constexpr Expected kInt4Values{2, "int8 [rows, groups * group], contiguous and writeable"};
+constexpr Expected kInt4RowScales{2, "float32 [rows, groups], contiguous and writeable"};
+constexpr Expected kInt4ZeroTerms{2, "int32 [rows, groups], contiguous and writeable"};
 
 // True and False, which are ints to Python, are more likely to be a mistake than a number here.
 int64_t int_of(py::handle value, const ArgName& name) {
@@ -263,6 +274,122 @@ void splice_cuda(const py::object&, const py::object&, const py::object&, const 
 
 #endif
 
+// An array of int4, of one type, contiguous and, where it is filled, writeable.
+enum class Use { read, filled };
+
+class Int4Array {
+  public:
+    Int4Array(py::handle value, const char* name, const Expected& expected, DType dtype, Use use)
+        : array_(value, {name}, expected, place_) {
+        if (array_.dtype() != dtype) array_.refuse();
+        if (!array_.contiguous()) array_.refuse(", not contiguous");
+        if (use == Use::filled && !array_.writeable()) array_.refuse(", read-only");
+        if (reinterpret_cast<uintptr_t>(array_.data()) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
+            array_.refuse(", misaligned");
+        }
+    }
+
+    template <typename Element>
+    Element* data() const {
+        return static_cast<Element*>(array_.data());
+    }
+    int64_t rows() const { return array_.shape(0); }
+    int64_t columns() const { return array_.shape(1); }
+    void require(int64_t rows, int64_t columns) const {
+        if (this->rows() == rows && this->columns() == columns) return;
+        array_.refuse(" where [" + std::to_string(rows) + ", " + std::to_string(columns) + "] is needed");
+    }
+
+  private:
+    Place place_;
+    Array array_;
+};
+
+py::tuple int4_records_shape(const py::object& rows, const py::object& columns, const py::object& group) {
+    const biomedgpt::Int4Shape shape{int_of(rows, {"rows"}), int_of(columns, {"columns"}), int_of(group, {"group"})};
+    biomedgpt::check_int4_shape(shape);
+    return py::make_tuple(shape.panels(), shape.groups(), shape.record_bytes());
+}
+
+// What MatMulNBits' arrays say about the matrix they hold; columns of padding count.
+biomedgpt::Int4Shape int4_shape_of(const Int4Array& values, const Int4Array& scales, py::handle group) {
+    const int64_t size = int_of(group, {"group"});
+    const biomedgpt::Int4Shape one{1, 1, size};
+    biomedgpt::check_int4_shape(one);
+    const biomedgpt::Int4Shape shape{scales.rows(), scales.columns() * size, size};
+    biomedgpt::check_int4_shape(shape);
+    values.require(shape.rows, shape.columns / 2);
+    return shape;
+}
+
+void int4_pack(const py::object& records, const py::object& values, const py::object& scales, const py::object& group) {
+    const Int4Array to(records, "records", kInt4Records, DType::u8, Use::filled);
+    const Int4Array blocks(values, "values", kInt4Blocks, DType::u8, Use::read);
+    const Int4Array block_scales(scales, "scales", kInt4Scales, DType::f16, Use::read);
+    const biomedgpt::Int4Shape shape = int4_shape_of(blocks, block_scales, group);
+    to.require(shape.panels(), shape.panel_bytes());
+    const py::gil_scoped_release released;
+    biomedgpt::int4_pack(shape, {blocks.data<uint8_t>(), block_scales.data<uint16_t>()}, to.data<uint8_t>());
+}
+
+void int4_unpack(const py::object& values, const py::object& scales, const py::object& records,
+                 const py::object& group) {
+    const Int4Array to(values, "values", kInt4Blocks, DType::u8, Use::filled);
+    const Int4Array to_scales(scales, "scales", kInt4Scales, DType::f16, Use::filled);
+    const Int4Array from(records, "records", kInt4Records, DType::u8, Use::read);
+    const biomedgpt::Int4Shape shape = int4_shape_of(to, to_scales, group);
+    from.require(shape.panels(), shape.panel_bytes());
+    const py::gil_scoped_release released;
+    biomedgpt::int4_unpack(shape, from.data<uint8_t>(), to.data<uint8_t>(), to_scales.data<uint16_t>());
+}
+
+void int4_quantize(const py::object& values, const py::object& scales, const py::object& zero_terms,
+                   const py::object& x, const py::object& group, const py::object& path) {
+    const Int4Array to(values, "values", kInt4Values, DType::i8, Use::filled);
+    const Int4Array to_scales(scales, "scales", kInt4RowScales, DType::f32, Use::filled);
+    const Int4Array to_terms(zero_terms, "zero_terms", kInt4ZeroTerms, DType::i32, Use::filled);
+    const Int4Array from(x, "x", kInt4X, DType::f32, Use::read);
+    const biomedgpt::Int4Shape shape{1, from.columns(), int_of(group, {"group"})};
+    biomedgpt::check_int4_shape(shape);
+    to.require(from.rows(), shape.groups() * shape.group);
+    to_scales.require(from.rows(), shape.groups());
+    to_terms.require(from.rows(), shape.groups());
+    const std::string_view name = text_of(path, {"path"});
+    const py::gil_scoped_release released;
+    biomedgpt::int4_quantize(from.data<float>(), from.rows(), shape,
+                             {to.data<int8_t>(), to_scales.data<float>(), to_terms.data<int32_t>()}, name);
+}
+
+template <void (*kOp)(const biomedgpt::Int4Args&, const biomedgpt::Int4Options&)>
+void int4_multiply(const py::object& y, const py::object& x, const py::object& records, const py::object& group,
+                   const py::object& threads, const py::object& path) {
+    const int count = threads_of(threads);
+    if (count < 1 || count > biomedgpt::kMaxThreads) {
+        throw ArgumentError("threads", std::to_string(count), "1 to " + std::to_string(biomedgpt::kMaxThreads));
+    }
+    const Int4Array to(y, "y", kInt4Y, DType::f32, Use::filled);
+    const Int4Array from(x, "x", kInt4X, DType::f32, Use::read);
+    const Int4Array weights(records, "records", kInt4Records, DType::u8, Use::read);
+    to.require(from.rows(), to.columns());
+    biomedgpt::PoolThreads pool(count);
+    biomedgpt::Int4Args args;
+    args.x = from.data<float>();
+    args.y = to.data<float>();
+    args.rows = from.rows();
+    args.weights.shape = {to.columns(), from.columns(), int_of(group, {"group"})};
+    args.weights.records = weights.data<uint8_t>();
+    args.weights.bytes = weights.rows() * weights.columns();
+    const biomedgpt::Int4Options options{pool.parallel_for(), text_of(path, {"path"})};
+    const py::gil_scoped_release released;
+    kOp(args, options);
+}
+
+py::list int4_paths() {
+    py::list paths;
+    for (const char* path : biomedgpt::int4_paths()) paths.append(path);
+    return paths;
+}
+
 py::dict splice_paths() {
     py::dict paths;
     for (const biomedgpt::SplicePathInfo& path : biomedgpt::splice_paths()) paths[path.name] = path.operands_16bit;
@@ -367,6 +494,34 @@ stream is waited for.
 
 Raises KernelArgumentError, with out untouched, or PlatformError where CUDA is missing or fails.)";
 
+constexpr char kInt4PackDoc[] = R"(Packs a matrix from MatMulNBits' layout into records, as csrc/int4/int4.h has them.
+
+records: uint8 [panels, groups * bytes of a record], filled; see int4_records_shape.
+values: uint8 [N, groups * group / 2]. scales: float16 [N, groups]. group: 128, 64 or 32.
+
+Raises KernelArgumentError, with records untouched, for anything else. int4_unpack is the inverse.)";
+
+constexpr char kInt4RecordsShapeDoc[] =
+    R"((panels, groups, bytes of a record) of a matrix [rows, columns] in groups of columns.
+
+Raises KernelArgumentError where no records hold such a matrix.)";
+
+constexpr char kInt4LinearDoc[] = R"(y = x W^T with four-bit weights, and activations quantized to eight bits per group.
+
+y: float32 [rows, N], filled. x: float32 [rows, K]. records: as int4_pack makes them, at an address that is a multiple
+of 64, of N rows and K columns rounded up to whole groups; for int4_gate_up, those of gate and up by turns: then
+y = silu(x Wgate^T) * (x Wup^T).
+threads: an upper bound, from 1. path: "auto" or one of int4_paths(). Neither changes a bit of y.
+
+Raises KernelArgumentError, with y untouched, for anything else.)";
+
+constexpr char kInt4QuantizeDoc[] = R"(Quantizes x float32 [rows, K] as int4_linear does.
+
+values: int8 [rows, groups * group], scales: float32 [rows, groups], zero_terms: int32 [rows, groups], -8 times the sum of
+a group's values; all filled.
+
+Raises KernelArgumentError, with nothing written, for anything else.)";
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native kernels. Arrays are used in place: nothing is copied, cast or kept.";
     module.attr("__version__") = BIOMEDGPT_VERSION;
@@ -376,6 +531,18 @@ PYBIND11_MODULE(_native, module) {
     module.def("splice_cuda", &splice_cuda, kSpliceCudaDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
                py::arg("segments"), py::arg("stream") = 0, py::arg("allow_16bit") = false);
     module.def("splice_paths", &splice_paths);
+    module.def("int4_records_shape", &int4_records_shape, kInt4RecordsShapeDoc, py::arg("rows"), py::arg("columns"),
+               py::arg("group"));
+    module.def("int4_pack", &int4_pack, kInt4PackDoc, py::arg("records"), py::arg("values"), py::arg("scales"),
+               py::arg("group"));
+    module.def("int4_unpack", &int4_unpack, py::arg("values"), py::arg("scales"), py::arg("records"), py::arg("group"));
+    module.def("int4_linear", &int4_multiply<biomedgpt::int4_linear>, kInt4LinearDoc, py::arg("y"), py::arg("x"),
+               py::arg("records"), py::arg("group"), py::arg("threads") = 1, py::arg("path") = "auto");
+    module.def("int4_gate_up", &int4_multiply<biomedgpt::int4_gate_up>, kInt4LinearDoc, py::arg("y"), py::arg("x"),
+               py::arg("records"), py::arg("group"), py::arg("threads") = 1, py::arg("path") = "auto");
+    module.def("int4_quantize", &int4_quantize, kInt4QuantizeDoc, py::arg("values"), py::arg("scales"),
+               py::arg("zero_terms"), py::arg("x"), py::arg("group"), py::arg("path") = "auto");
+    module.def("int4_paths", &int4_paths);
     module.def("cpu_features", &cpu_features);
     module.def("read_patterns", &read_patterns);
     module.def("read_memory", &read_memory, py::arg("words"), py::arg("pattern"));

@@ -5,6 +5,7 @@ namespace biomedgpt {
 int64_t size_of(DType dtype) {
     switch (dtype) {
         case DType::i8:
+        case DType::u8:
             return 1;
         case DType::f16:
             return 2;
@@ -29,6 +30,8 @@ const char* name_of(DType dtype) {
             return "int32";
         case DType::i64:
             return "int64";
+        case DType::u8:
+            return "uint8";
     }
     return "unknown";
 }

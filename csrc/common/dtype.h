@@ -6,7 +6,7 @@
 
 namespace biomedgpt {
 
-enum class DType { f32, f16, i8, i32, i64 };
+enum class DType { f32, f16, i8, i32, i64, u8 };
 
 int64_t size_of(DType dtype);
 const char* name_of(DType dtype);

@@ -29,6 +29,7 @@ std::optional<DType> dtype_of(char kind, int64_t size) {
     if (kind == 'i' && size == 1) return DType::i8;
     if (kind == 'i' && size == 4) return DType::i32;
     if (kind == 'i' && size == 8) return DType::i64;
+    if (kind == 'u' && size == 1) return DType::u8;
     return std::nullopt;
 }
 
@@ -71,10 +72,11 @@ std::string dtype_name(const BufferFormat& format, const Py_buffer& buffer) {
 }
 
 std::optional<DType> dtype_of(const dlpack::DataType& dtype) {
-    if (dtype.lanes != 1 || (dtype.code != dlpack::kFloat && dtype.code != dlpack::kInt) || dtype.bits % 8 != 0) {
-        return std::nullopt;
-    }
-    return dtype_of(dtype.code == dlpack::kFloat ? 'f' : 'i', dtype.bits / 8);
+    if (dtype.lanes != 1 || dtype.bits % 8 != 0) return std::nullopt;
+    if (dtype.code == dlpack::kFloat) return dtype_of('f', dtype.bits / 8);
+    if (dtype.code == dlpack::kInt) return dtype_of('i', dtype.bits / 8);
+    if (dtype.code == dlpack::kUInt) return dtype_of('u', dtype.bits / 8);
+    return std::nullopt;
 }
 
 std::string dtype_name(const dlpack::DataType& dtype) {

@@ -11,8 +11,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from biomedgpt_edge.int4_ops import DOMAIN
 from biomedgpt_edge.onnx_header import read_header
-from biomedgpt_export.graphs.builder import INLINE_BYTES, LINE, PAGE, GraphBuilder
+from biomedgpt_export.graphs.builder import CONTRIB, INLINE_BYTES, LINE, PAGE, GraphBuilder
 from biomedgpt_export.graphs.linear import Linears
 from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.quantize.rtn import RoundToNearest
@@ -62,6 +63,23 @@ def test_small_tensors_are_inline_and_large_ones_start_on_a_page(tmp_path: Path)
     assert places.keys() == ARRAYS.keys() - {"scalar", "below"}
     assert all(offset % LINE == 0 for offset in places.values())
     assert places["page"] % PAGE == 0
+
+
+def test_a_tensor_that_is_to_be_mapped_lies_outside_on_a_page_however_small(tmp_path: Path) -> None:
+    graph = GraphBuilder(tmp_path / "graph.onnx")
+    graph.tensor("before", np.zeros(INLINE_BYTES, np.uint8))
+    graph.tensor("mapped", np.zeros(1, np.uint8), mapped=True)
+    graph.save()
+    assert {tensor.name: tensor.offset for tensor in read_header(graph.path).tensors} == {"before": 0, "mapped": PAGE}
+
+
+@pytest.mark.parametrize("domain", [CONTRIB, DOMAIN])
+def test_our_own_operators_are_imported_only_where_they_are_used(tmp_path: Path, domain: str) -> None:
+    graph = GraphBuilder(tmp_path / "graph.onnx")
+    graph.node("Any", ["x"], "y", domain=domain)
+    graph.save()
+    opsets = onnx.load(str(graph.path)).opset_import
+    assert [opset.domain for opset in opsets] == (["", CONTRIB] if domain == CONTRIB else ["", CONTRIB, DOMAIN])
 
 
 def test_the_same_graph_is_always_the_same_bytes(tmp_path: Path) -> None:

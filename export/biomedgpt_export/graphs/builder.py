@@ -14,9 +14,14 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from biomedgpt_edge.int4_ops import DOMAIN as INT4_DOMAIN
+from biomedgpt_edge.int4_ops import OPSET as INT4_OPSET
+
 CONTRIB = "com.microsoft"
 OPSET = 20
 CONTRIB_OPSET = 1
+# Domains of every graph, and those of operators that only some have.
+_OPSETS, _FURTHER_OPSETS = {"": OPSET, CONTRIB: CONTRIB_OPSET}, {INT4_DOMAIN: INT4_OPSET}
 # Opset 20 needs IR version 9; newer IR versions shut out older runtimes for nothing.
 IR_VERSION = 9
 
@@ -54,6 +59,15 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, list(inputs), names, name=name, domain=domain, **attributes))
         return name
 
+    def adopt_signature(self, graph: onnx.GraphProto) -> None:
+        """Gives this graph the inputs and outputs of another one."""
+        self._inputs.extend(graph.input)
+        self._outputs.extend(graph.output)
+
+    def adopt_node(self, node: onnx.NodeProto) -> None:
+        """Adds a node of another graph as it is."""
+        self._nodes.append(node)
+
     def rename_outputs(self, name: str, outputs: Sequence[str]) -> None:
         """Gives the outputs of the last node names of their own; an empty name leaves one out."""
         node = self._nodes[-1]
@@ -62,29 +76,35 @@ class GraphBuilder:
         del node.output[:]
         node.output.extend(outputs)
 
-    def tensor(self, name: str, array: npt.NDArray[Any]) -> str:
-        """Adds a weight or constant; equal names mean equal tensors and are stored once."""
+    def tensor(self, name: str, array: npt.NDArray[Any], *, mapped: bool = False) -> str:
+        """Adds a weight or constant; equal names mean equal tensors and are stored once.
+
+        Args:
+            mapped: whether it must lie outside the graph file and start on a page, however small it is.
+        """
         if name in self._names:
             return name
         self._names.add(name)
         array = np.ascontiguousarray(array)
         proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        if array.nbytes < INLINE_BYTES:
+        if array.nbytes < INLINE_BYTES and not mapped:
             proto.raw_data = array.tobytes()
         else:
-            self._write_external(proto, array)
+            self._write_external(proto, array, PAGE if mapped or array.nbytes >= 16 * PAGE else LINE)
         self._initializers.append(proto)
         return name
 
     def save(self) -> None:
         """Writes the graph file; the same nodes and weights always give the same bytes."""
         self._data.close()
+        used = {node.domain for node in self._nodes}
+        opsets = _OPSETS | {domain: version for domain, version in _FURTHER_OPSETS.items() if domain in used}
         graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, self._initializers)
         model = helper.make_model(
             graph,
             ir_version=IR_VERSION,
             producer_name="biomedgpt-export",
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)],
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
         )
         self.path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -92,9 +112,9 @@ class GraphBuilder:
         """Releases the data file of a graph that will not be saved."""
         self._data.close()
 
-    def _write_external(self, proto: onnx.TensorProto, array: npt.NDArray[Any]) -> None:
+    def _write_external(self, proto: onnx.TensorProto, array: npt.NDArray[Any], alignment: int) -> None:
         offset = self._data.tell()
-        padding = -offset % (PAGE if array.nbytes >= 16 * PAGE else LINE)
+        padding = -offset % alignment
         self._data.write(b"\0" * padding)
         self._data.write(array.data)
         proto.data_location = TensorProto.EXTERNAL

@@ -33,13 +33,13 @@ class StoredWeights:
     def linear(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
         """The matrix of the linear layer ``name``, or ``rows`` of it, float32 ``[N, K]``, dequantized if need be."""
         if f"{name}.weight" in self._tensors:
-            return torch.from_numpy(self._array(f"{name}.weight").T[rows].astype(np.float32))
+            return torch.from_numpy(self.array(f"{name}.weight").T[rows].astype(np.float32))
         return self._quantized(name, rows).dequantize()
 
     def step(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
         """Distance of neighbouring stored values around each weight of these rows, float32 ``[N, K]``."""
         if f"{name}.weight" in self._tensors:
-            return torch.from_numpy(np.spacing(np.abs(self._array(f"{name}.weight").T[rows])).astype(np.float32))
+            return torch.from_numpy(np.spacing(np.abs(self.array(f"{name}.weight").T[rows])).astype(np.float32))
         return self._quantized(name, rows).steps()
 
     def int4(self, name: str, rows: slice = ALL_ROWS) -> Int4Weight:
@@ -48,33 +48,15 @@ class StoredWeights:
         zero_points, count = None, self._in_groups[f"{name}.weight_int4"]["N"]
         if f"{name}.zero_points" in self._tensors:
             zero_points = self._by_row(f"{name}.zero_points", count, rows)
-        order = torch.from_numpy(self._array(f"{name}.order").copy()) if f"{name}.order" in self._tensors else None
+        order = torch.from_numpy(self.array(f"{name}.order").copy()) if f"{name}.order" in self._tensors else None
         return Int4Weight(packed, scales, columns, group_size, zero_points, order)
 
     def int8(self, name: str) -> bool:
         """Whether the linear layer ``name`` is stored in int8."""
         return f"{name}.weight_int8" in self._tensors
 
-    def _quantized(self, name: str, rows: slice) -> Int4Weight | Int8Weight | Int8GroupWeight:
-        if not self.int8(name):
-            return self.int4(name, rows)
-        if f"{name}.weight_int8" in self._in_groups:
-            return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name, rows))
-        values, scales = self._array(f"{name}.weight_int8").T[rows], self._array(f"{name}.scales")[rows]
-        return Int8Weight(torch.from_numpy(values.copy()), torch.from_numpy(scales.copy()))
-
-    def _groups(self, packed_name: str, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """Packed values, their scales, columns and group size."""
-        attributes = self._in_groups[packed_name]
-        packed = torch.from_numpy(self._array(packed_name)[rows].copy())
-        scales = self._by_row(f"{name}.scales", attributes["N"], rows)
-        return packed, scales, attributes["K"], attributes["block_size"]
-
-    def _by_row(self, name: str, count: int, rows: slice) -> torch.Tensor:
-        """What is stored flat for ``count`` rows, of some of them."""
-        return torch.from_numpy(self._array(name).reshape(count, -1)[rows].copy())
-
-    def _array(self, name: str) -> npt.NDArray[Any]:
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """The tensor ``name`` as it is stored, mapped where it lies outside the graph file."""
         tensor = self._tensors[name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -84,3 +66,22 @@ class StoredWeights:
         path, offset = self._folder / place["location"], int(place["offset"])
         mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
         return mapped
+
+    def _quantized(self, name: str, rows: slice) -> Int4Weight | Int8Weight | Int8GroupWeight:
+        if not self.int8(name):
+            return self.int4(name, rows)
+        if f"{name}.weight_int8" in self._in_groups:
+            return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name, rows))
+        values, scales = self.array(f"{name}.weight_int8").T[rows], self.array(f"{name}.scales")[rows]
+        return Int8Weight(torch.from_numpy(values.copy()), torch.from_numpy(scales.copy()))
+
+    def _groups(self, packed_name: str, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Packed values, their scales, columns and group size."""
+        attributes = self._in_groups[packed_name]
+        packed = torch.from_numpy(self.array(packed_name)[rows].copy())
+        scales = self._by_row(f"{name}.scales", attributes["N"], rows)
+        return packed, scales, attributes["K"], attributes["block_size"]
+
+    def _by_row(self, name: str, count: int, rows: slice) -> torch.Tensor:
+        """What is stored flat for ``count`` rows, of some of them."""
+        return torch.from_numpy(self.array(name).reshape(count, -1)[rows].copy())

@@ -1,0 +1,244 @@
+// Dispatch of int4, and the blocking and threads around a path's inner loops.
+#include "int4/int4.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "common/cpu_features.h"
+#include "common/error.h"
+#include "int4/int4_check.h"
+#include "int4/int4_path.h"
+
+namespace biomedgpt {
+namespace {
+
+// The paths of this build that the processor can run, best first.
+class Paths {
+  public:
+    Paths() {
+        const CpuFeatures& cpu = cpu_features();
+        static_cast<void>(cpu);  // not read where a build has the portable path only
+#if defined(BIOMEDGPT_HAVE_INT4_AMX)
+        if (cpu.amx_int8 && cpu.avx512_vnni) add(kInt4Amx);
+#endif
+#if defined(BIOMEDGPT_HAVE_INT4_AVX512_VNNI)
+        if (cpu.avx512_vnni) add(kInt4Avx512Vnni);
+#endif
+#if defined(BIOMEDGPT_HAVE_INT4_AVX_VNNI)
+        if (cpu.avx_vnni && cpu.fma && cpu.f16c) add(kInt4AvxVnni);
+#endif
+#if defined(BIOMEDGPT_HAVE_INT4_AVX2)
+        if (cpu.avx2 && cpu.fma && cpu.f16c) add(kInt4Avx2);
+#endif
+#if defined(BIOMEDGPT_HAVE_INT4_NEON_I8MM)
+        if (cpu.neon_i8mm && cpu.neon_dotprod) add(kInt4NeonI8mm);
+#endif
+#if defined(BIOMEDGPT_HAVE_INT4_NEON_DOTPROD)
+        if (cpu.neon_dotprod) add(kInt4NeonDotprod);
+#endif
+        add(kInt4Portable);
+    }
+
+    const Int4Path* const* begin() const { return paths_; }
+    const Int4Path* const* end() const { return paths_ + count_; }
+
+  private:
+    void add(const Int4Path& path) { paths_[count_++] = &path; }
+
+    const Int4Path* paths_[5];
+    int count_ = 0;
+};
+
+const Paths& paths() {
+    static const Paths usable;
+    return usable;
+}
+
+const Int4Path& choose_path(std::string_view name) {
+    if (name == "auto") return **paths().begin();
+    for (const Int4Path* path : paths()) {
+        if (name == path->name) return *path;
+    }
+    std::string names;
+    for (const Int4Path* path : paths()) names += std::string(", \"") + path->name + "\"";
+    throw ArgumentError("path", "\"" + std::string(name) + "\"", "\"auto\"" + names);
+}
+
+int64_t round_up(int64_t value, int64_t step) {
+    return (value + step - 1) / step * step;
+}
+
+// The calling thread's memory for quantized activations, which other threads read: kept, and made anew only where a
+// call needs more.
+class Workspace {
+  public:
+    Int4Rows rows_for(int64_t rows, const Int4Shape& shape) {
+        const int64_t groups = shape.groups();
+        const int64_t stride = groups * shape.group + kLine;
+        const int64_t values = round_up(rows, kInt4RowStep) * stride, numbers = rows * groups;
+        char* bytes = at_least(values + 2 * numbers * int64_t{sizeof(float)});
+        auto* scales = reinterpret_cast<float*>(bytes + values);
+        return {reinterpret_cast<int8_t*>(bytes), stride, scales, reinterpret_cast<int32_t*>(scales + numbers), groups};
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    struct alignas(kLine) Line {
+        char bytes[kLine];
+    };
+
+    // Zeros at first, so that no number of a row that does not exist is undefined.
+    char* at_least(int64_t bytes) {
+        const auto lines = static_cast<size_t>(round_up(bytes, kLine) / kLine);
+        if (lines > lines_) {
+            memory_.reset(new Line[lines]());
+            lines_ = lines;
+        }
+        return memory_[0].bytes;
+    }
+
+    std::unique_ptr<Line[]> memory_;
+    size_t lines_ = 0;
+};
+
+Workspace& workspace() {
+    thread_local Workspace mine;
+    return mine;
+}
+
+// Some rows of a call, quantized.
+struct Block {
+    const Int4Path& path;
+    const Int4Weights& weights;
+    Int4Rows rows;
+    int64_t count;
+    float* y;
+};
+
+Int4Rows part_of(const Int4Rows& rows, int64_t row, int64_t group, int64_t columns) {
+    const int64_t number = row * rows.groups + group;
+    return {rows.values + row * rows.stride + group * columns, rows.stride, rows.scales + number,
+            rows.zero_terms + number, rows.groups};
+}
+
+// totals[row, i] = the product of a row and row i of a panel. Where rows take more than one tile, a block of the panel
+// stays in the L1 cache until all have had it.
+void multiply_panel(const Block& block, const uint8_t* records, float* totals) {
+    const Int4Path& path = block.path;
+    const Int4Shape& shape = block.weights.shape;
+    const bool unpacked = block.count >= path.unpacked_from;
+    const int64_t tile_rows = unpacked ? path.unpacked_tile_rows : path.tile_rows;
+    const bool streamed = !unpacked && block.count <= tile_rows;
+    const int64_t step = streamed ? shape.groups() : kInt4BlockColumns / shape.group;
+    alignas(64) uint8_t values[kInt4BlockColumns * kInt4PanelRows];
+    for (int64_t group = 0; group < shape.groups(); group += step) {
+        Int4Tile tile{};
+        tile.records = records + group * shape.record_bytes();
+        tile.unpacked = values;
+        tile.group = shape.group;
+        tile.groups = std::min(step, shape.groups() - group);
+        tile.fresh = group == 0;
+        if (unpacked) path.unpack(tile.records, tile.group, tile.groups, values);
+        const auto multiply = unpacked ? path.multiply_unpacked : path.multiply;
+        for (int64_t row = 0; row < block.count; row += tile_rows) {
+            tile.rows = part_of(block.rows, row, group, shape.group);
+            tile.totals = totals + row * kInt4PanelRows;
+            multiply(tile, std::min(tile_rows, block.count - row));
+        }
+    }
+}
+
+void write_panel(const Block& block, int64_t panel, const float* totals) {
+    const int64_t width = block.weights.shape.rows, column = panel * kInt4PanelRows;
+    const auto bytes = static_cast<size_t>(std::min(kInt4PanelRows, width - column)) * sizeof(float);
+    for (int64_t row = 0; row < block.count; ++row) {
+        std::memcpy(block.y + row * width + column, totals + row * kInt4PanelRows, bytes);
+    }
+}
+
+using Totals = float[kInt4RowBlock * kInt4PanelRows];
+
+void linear_panel(const Block& block, int64_t panel) {
+    alignas(64) Totals totals;
+    multiply_panel(block, block.weights.records + panel * block.weights.shape.panel_bytes(), totals);
+    write_panel(block, panel, totals);
+}
+
+void gate_up_panel(const Block& block, int64_t panel) {
+    alignas(64) Totals gate, up;
+    const int64_t panel_bytes = block.weights.shape.panel_bytes();
+    const uint8_t* records = block.weights.records + 2 * panel * panel_bytes;
+    multiply_panel(block, records, gate);
+    multiply_panel(block, records + panel_bytes, up);
+    block.path.silu_multiply(gate, up, block.count * kInt4PanelRows);
+    write_panel(block, panel, gate);
+}
+
+// Panels that a thread takes at once: a stream long enough for the memory to get up to speed, and some more items than
+// threads, so that none waits long for the last one.
+int64_t panels_at_once(int64_t panels, int64_t rows) {
+    constexpr int64_t kFewest = 4, kMost = 16, kItems = 16;
+    if (rows >= kInt4RowStep) return kFewest;
+    return std::clamp(panels / kItems, kFewest, kMost);
+}
+
+void quantize_rows(const Int4Path& path, const float* x, int64_t count, const Int4Shape& shape, const Int4Rows& rows,
+                   const ParallelFor& parallel) {
+    const auto quantize = [&](int64_t row) {
+        path.quantize(x + row * shape.columns, shape.columns, shape.group, part_of(rows, row, 0, shape.group));
+    };
+    // A row takes as long as it takes to wake a thread.
+    constexpr int64_t kFew = 4;
+    return (count <= kFew ? ParallelFor() : parallel)(count, quantize);
+}
+
+template <typename Panel>
+void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices, const Panel& multiply_one) {
+    const Int4Path& path = choose_path(options.path);
+    check_int4(args, matrices);
+    const Int4Shape& shape = args.weights.shape;
+    // Blocks of about the same size: one row that is left over would cost a pass over the weights of its own.
+    const int64_t blocks = std::max<int64_t>(1, (args.rows + kInt4RowBlock - 1) / kInt4RowBlock);
+    const int64_t block_rows = round_up((args.rows + blocks - 1) / blocks, kInt4RowStep);
+    for (int64_t first = 0; first < args.rows; first += block_rows) {
+        const int64_t count = std::min(block_rows, args.rows - first);
+        const Int4Rows rows = workspace().rows_for(count, shape);
+        quantize_rows(path, args.x + first * shape.columns, count, shape, rows, options.parallel);
+        const Block block{path, args.weights, rows, count, args.y + first * shape.rows};
+        const int64_t at_once = panels_at_once(shape.panels() * matrices, count) / matrices;
+        options.parallel((shape.panels() + at_once - 1) / at_once, [&](int64_t item) {
+            const int64_t end = std::min(shape.panels(), (item + 1) * at_once);
+            for (int64_t panel = item * at_once; panel < end; ++panel) multiply_one(block, panel);
+        });
+    }
+}
+
+}  // namespace
+
+void int4_linear(const Int4Args& args, const Int4Options& options) {
+    multiply(args, options, 1, linear_panel);
+}
+
+void int4_gate_up(const Int4Args& args, const Int4Options& options) {
+    multiply(args, options, 2, gate_up_panel);
+}
+
+void int4_quantize(const float* x, int64_t rows, const Int4Shape& shape, const Int4Activations& activations,
+                   std::string_view path) {
+    const Int4Path& chosen = choose_path(path);
+    check_int4_shape(shape);
+    const int64_t stride = shape.groups() * shape.group;
+    quantize_rows(chosen, x, rows, shape,
+                  {activations.values, stride, activations.scales, activations.zero_terms, shape.groups()}, {});
+}
+
+std::vector<const char*> int4_paths() {
+    std::vector<const char*> names;
+    for (const Int4Path* path : paths()) names.push_back(path->name);
+    return names;
+}
+
+}  // namespace biomedgpt

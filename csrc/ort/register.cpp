@@ -1,0 +1,51 @@
+#include "ort/register.h"
+
+#include <cstdio>
+#include <stdexcept>
+
+#include "ort/int4_ops.h"
+#include "ort/ort_call.h"
+#include "ort/self_test.h"
+
+namespace biomedgpt::ort {
+namespace {
+
+// Sessions hold pointers to a domain and its operators, so there is one of each, for as long as the process lives.
+struct Domain {
+    Int4Op linear, gate_up;
+    CustomOpDomain* domain = nullptr;
+
+    explicit Domain(const Api& api) : linear(int4_op(api, "Int4Linear", 1)), gate_up(int4_op(api, "Int4GateUp", 2)) {
+        require(CreateCustomOpDomain::call(api, "biomedgpt", &domain));
+        require(CustomOpDomainAdd::call(api, domain, &linear));
+        require(CustomOpDomainAdd::call(api, domain, &gate_up));
+    }
+};
+
+Status* too_old(const ApiBase& base) noexcept {
+    // Not a string, which might throw where nobody would catch it.
+    char message[128];
+    std::snprintf(message, sizeof message, "the operators of biomedgpt need ONNX Runtime 1.17 or newer; this is %s.",
+                  base.GetVersionString());
+    return CreateStatus::call(*base.GetApi(1), ErrorCode::not_implemented, message);
+}
+
+}  // namespace
+}  // namespace biomedgpt::ort
+
+extern "C" biomedgpt::ort::Status* RegisterCustomOps(biomedgpt::ort::SessionOptions* options,
+                                                     const biomedgpt::ort::ApiBase* base) {
+    using namespace biomedgpt::ort;
+    const Api* api = base->GetApi(kApiVersion);
+    if (api == nullptr) return too_old(*base);
+    return status_of(*api, "biomedgpt", [&] {
+        static const Domain domain = [&] {
+            biomedgpt::require_correct_int4();
+            return Domain(*api);
+        }();
+        if (domain.linear.api != api) {
+            throw std::runtime_error("another copy of ONNX Runtime in this process has these operators already.");
+        }
+        require(AddCustomOpDomain::call(*api, options, domain.domain));
+    });
+}

@@ -1,0 +1,9 @@
+// A small product whose result is known: what this build computes on this processor is looked at before it is used.
+#pragma once
+
+namespace biomedgpt {
+
+// Throws std::runtime_error, with the path's name, where a product is wrong.
+void require_correct_int4();
+
+}  // namespace biomedgpt

@@ -1,0 +1,173 @@
+"""A graph whose int4 products are the operators of csrc/ort instead of MatMulNBits: the same matrices, as records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from biomedgpt_edge import _native
+from biomedgpt_edge.int4_ops import DOMAIN
+
+from ..errors import ModelConfigError
+from ..quantize.int4 import GROUP_SIZES
+from .builder import CONTRIB, GraphBuilder
+from .linear import ACCURACY_LEVELS
+from .stored import StoredWeights
+
+_VALUES = ".weight_int4"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What became of the products of a graph.
+
+    Attributes:
+        linear: those that are an Int4Linear now.
+        gate_up: pairs that are an Int4GateUp now, with the SiLU and the multiplication after them.
+        kept: those that are still a MatMulNBits, which the operators do not compute: with 8 bits, with zero points of
+            their own, or with activations in float32.
+    """
+
+    linear: int
+    gate_up: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """One that stands for ``products``, a linear layer or a gate and an up projection.
+
+    Attributes:
+        output: what it gives, under the name that it had.
+        inside: outputs of nodes that it stands for, too.
+    """
+
+    products: tuple[onnx.NodeProto, ...]
+    output: str
+    inside: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "Int4Linear" if len(self.products) == 1 else "Int4GateUp"
+
+
+def write_with_int4_ops(source: Path, target: Path) -> Replaced:
+    """Writes the graph ``source`` of an int4 bundle to ``target``, its weights beside it, with our own operators.
+
+    The input ``records`` of an operator is uint8 ``[panels, groups, bytes of a record]``, see csrc/int4/int4.h, and
+    begins on a page of the file. Sessions need :func:`biomedgpt_edge.int4_ops.register_int4_ops`.
+
+    Raises:
+        ModelConfigError: the operators compute no product of this graph; nothing was written.
+        FileExistsError: there are weights beside ``target`` already.
+    """
+    stored = StoredWeights(source)
+    model = onnx.load(str(source), load_external_data=False).graph
+    products = {node.output[0]: node for node in model.node if _is_product(node)}
+    ours = {name: node for name, node in products.items() if _is_ours(node)}
+    if not ours:
+        raise ModelConfigError(
+            f"{source.name} has no int4 product with zero point 8, int8 activations and groups of "
+            f"{', '.join(map(str, GROUP_SIZES))}.",
+            seen=source.name,
+            remedy="Export it with --precision int4, and without weights that have zero points of their own.",
+        )
+    gate_ups = list(_gate_ups(model, ours))
+    gone = {name for operator in gate_ups for name in operator.inside}
+    linears = [_Operator((node,), name) for name, node in ours.items() if name not in gone]
+    graph = GraphBuilder(target)
+    try:
+        _write(graph, model, stored, {operator.output: operator for operator in gate_ups + linears}, gone)
+    finally:
+        graph.close()
+    return Replaced(len(linears), len(gate_ups), len(products) - len(ours))
+
+
+def _is_product(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == (CONTRIB, "MatMulNBits")
+
+
+def _is_ours(product: onnx.NodeProto) -> bool:
+    """Whether the operators compute it, to the same precision."""
+    attributes = _attributes(product)
+    return (
+        len(product.input) == 3
+        and product.input[1].endswith(_VALUES)
+        and attributes.keys() == {"K", "N", "bits", "block_size", "accuracy_level"}
+        and attributes["bits"] == 4
+        and attributes["block_size"] in GROUP_SIZES
+        and attributes["accuracy_level"] == ACCURACY_LEVELS["int8"]
+    )
+
+
+def _attributes(node: onnx.NodeProto) -> Mapping[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _gate_ups(model: onnx.GraphProto, ours: Mapping[str, onnx.NodeProto]) -> Iterator[_Operator]:
+    """An operator for each ``silu(gate) * up`` whose parts nothing else needs."""
+    by_output = {node.output[0]: node for node in model.node}
+    uses = Counter(name for node in model.node for name in node.input)
+    uses.update(output.name for output in model.output)
+    for node in model.node:
+        if (node.domain, node.op_type) != ("", "Mul"):
+            continue
+        silu = by_output.get(node.input[0])
+        if silu is None or silu.op_type != "QuickGelu" or _attributes(silu) != {"alpha": 1.0}:
+            continue
+        inside = (silu.input[0], silu.output[0], node.input[1])
+        gate, up = ours.get(inside[0]), ours.get(inside[2])
+        if gate is None or up is None or any(uses[name] != 1 for name in inside):
+            continue
+        if gate.input[0] == up.input[0] and _attributes(gate) == _attributes(up):
+            yield _Operator((gate, up), node.output[0], inside)
+
+
+def _write(
+    graph: GraphBuilder,
+    model: onnx.GraphProto,
+    stored: StoredWeights,
+    operators: Mapping[str, _Operator],
+    gone: set[str],
+) -> None:
+    graph.adopt_signature(model)
+    weights = {tensor.name for tensor in model.initializer}
+    kept = [node for node in model.node if node.output[0] not in gone | operators.keys()]
+    # Scales that nothing widens any more are left out.
+    needed = {name for node in kept for name in node.input} | {output.name for output in model.output}
+    for node in model.node:
+        operator = operators.get(node.output[0])
+        if operator is not None:
+            _add_operator(graph, operator, stored)
+        elif node.output[0] not in gone and (node.op_type != "Cast" or node.output[0] in needed):
+            for name in node.input:
+                if name in weights:
+                    graph.tensor(name, stored.array(name))
+            graph.adopt_node(node)
+    graph.save()
+
+
+def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeights) -> None:
+    first = operator.products[0]
+    parts = [_records(stored, product) for product in operator.products]
+    by_turns = parts[0] if len(parts) == 1 else np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    records = graph.tensor(f"{operator.output}.records", by_turns, mapped=True)
+    widths = {name: value for name, value in _attributes(first).items() if name in ("K", "N")}
+    graph.node(operator.name, [first.input[0], records], operator.output, domain=DOMAIN, **widths)
+
+
+def _records(stored: StoredWeights, product: onnx.NodeProto) -> npt.NDArray[np.uint8]:
+    weight = stored.int4(product.input[1].removesuffix(_VALUES))
+    shape = _native.int4_records_shape(len(weight.packed), weight.columns, weight.group_size)
+    records = np.empty(shape, np.uint8)
+    _native.int4_pack(
+        records.reshape(len(records), -1), weight.packed.flatten(1).numpy(), weight.scales.numpy(), weight.group_size
+    )
+    return records

@@ -1,0 +1,32 @@
+"""The int4 operators of csrc/ort in sessions of ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from . import _native
+from .errors import PlatformError
+from .ort_session import SESSION_ERRORS
+
+DOMAIN, OPSET = "biomedgpt", 1
+# Installed beside the extension module, wherever that is.
+LIBRARY = Path(_native.__file__).with_name("_ort_ops.so")
+
+
+def register_int4_ops(options: ort.SessionOptions) -> None:
+    """Lets sessions that are made with ``options`` have ``Int4Linear`` and ``Int4GateUp``; once for each of them.
+
+    Raises:
+        PlatformError: ONNX Runtime is older than 1.17 or cannot load the library, or the operators compute a wrong
+            product on this processor.
+    """
+    try:
+        options.register_custom_ops_library(str(LIBRARY))
+    except SESSION_ERRORS as error:
+        raise PlatformError(
+            f"the int4 operators cannot be used with ONNX Runtime {ort.__version__}: {error}.",
+            seen=ort.__version__,
+            remedy="Use a graph with MatMulNBits, or install biomedgpt-edge again.",
+        ) from error
