@@ -295,7 +295,7 @@ class Engine:
         Raises:
             ClosedError: the engine is closed.
         """
-        return self._loaded_decoder()
+        return self._loaded().decoder
 
     def close(self) -> None:
         """Frees the models once the streams that are still open have ended; those can be finished."""
