@@ -34,6 +34,7 @@ from onnx import TensorProto
 
 import machine
 from biomedgpt_edge import _native
+from biomedgpt_edge.bench.counters import usable_processors
 from biomedgpt_edge.int4_ops import register_int4_ops
 from biomedgpt_export.graphs.builder import CONTRIB, GraphBuilder
 from biomedgpt_export.graphs.int4_ops import write_with_int4_ops
@@ -222,7 +223,7 @@ def table(all_measured: Sequence[Measured], method: Method) -> list[str]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [shape.name for shape in SHAPES]
-    parser.add_argument("--threads", type=int, default=min(2, machine.usable_cores()))
+    parser.add_argument("--threads", type=int, default=min(2, len(usable_processors())))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rows", default="1,4,8,128", help="numbers of rows, the first of which is compared with")
     parser.add_argument("--shapes", default=",".join(names), help=f"of {', '.join(names)}")
