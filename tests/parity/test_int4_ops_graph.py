@@ -17,8 +17,8 @@ from onnx import TensorProto
 from biomedgpt_edge import Engine, Molecule, _native
 from biomedgpt_edge.decoder.onnx import OnnxState
 from biomedgpt_edge.engine import DEMO_BUNDLE
-from biomedgpt_edge.int4_ops import DOMAIN, register_int4_ops
-from biomedgpt_edge.onnx_header import read_header
+from biomedgpt_edge.int4_ops import register_int4_ops
+from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
 from biomedgpt_export.errors import ModelConfigError
 from biomedgpt_export.graphs.builder import CONTRIB, PAGE, GraphBuilder
 from biomedgpt_export.graphs.int4_ops import Replaced, write_with_int4_ops
@@ -207,7 +207,7 @@ def test_biases_and_a_head_of_eight_bits_stay_as_they_are(tmp_path: Path) -> Non
 
     path = written(tmp_path / "graph.onnx", add)
     assert write_with_int4_ops(path, tmp_path / "own.onnx") == Replaced(linear=1, gate_up=0, kept=1)
-    assert {(DOMAIN, "Int4Linear"), (CONTRIB, "MatMulNBits"), ("", "Add")} <= read_header(
+    assert {(INT4_DOMAIN, "Int4Linear"), (CONTRIB, "MatMulNBits"), ("", "Add")} <= read_header(
         tmp_path / "own.onnx"
     ).operators
     assert_same_results(path, tmp_path / "own.onnx")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from biomedgpt_edge import _native
-from biomedgpt_edge.int4_ops import DOMAIN
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
 
 from ..errors import ModelConfigError
 from ..quantize.int4 import GROUP_SIZES
@@ -160,7 +160,7 @@ def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeight
     by_turns = parts[0] if len(parts) == 1 else np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
     records = graph.tensor(f"{operator.output}.records", by_turns, mapped=True)
     widths = {name: value for name, value in _attributes(first).items() if name in ("K", "N")}
-    graph.node(operator.name, [first.input[0], records], operator.output, domain=DOMAIN, **widths)
+    graph.node(operator.name, [first.input[0], records], operator.output, domain=INT4_DOMAIN, **widths)
 
 
 def _records(stored: StoredWeights, product: onnx.NodeProto) -> npt.NDArray[np.uint8]:
