@@ -32,3 +32,8 @@ def register_int4_ops(options: ort.SessionOptions) -> None:
             remedy="Install biomedgpt-edge again with a current onnxruntime, or use a bundle whose decoder is portable "
             "('biomedgpt-export relayout' makes one of it).",
         ) from error
+
+
+def check_int4_ops() -> None:
+    """Raises what :func:`register_int4_ops` raises, where the operators cannot be used here."""
+    register_int4_ops(ort.SessionOptions())
