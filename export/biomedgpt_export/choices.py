@@ -216,22 +216,25 @@ class Choices:
         matrices = llama_matrices(self.source.configs.llama)
         return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
 
+    @property
+    def _stored_bytes(self) -> Callable[[str, int, int], int] | None:
+        """Of a layer of the decoder, where that is not a matter of its precision alone."""
+        if self.imported is not None:
+            # In records, but for the last rows and columns of a matrix, they take the same.
+            return self.imported.stored_bytes
+        return _in_records if self.options.decoder_layout == "records" else None
+
     def plan(self) -> Plan:
         """Sizes of what the options make of the checkpoint.
 
         Raises:
             CheckpointError: it is quantized in groups that a bundle cannot hold.
         """
-        options, configs, imported = self.options, self.source.configs, self.imported
+        options, configs = self.options, self.source.configs
         llama, esm, gin = configs.llama, configs.esm, configs.gin
         decoder = llama_matrices(llama)
         head = [decoder.pop(HEAD)] if self.lm_head == "int8" else []
-        in_records = options.decoder_layout == "records"
-        stored = _in_records if in_records else None
-        if imported is not None:
-            # In records, but for the last rows and columns of a matrix, they take the same.
-            stored = imported.stored_bytes
-        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, stored)]
+        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, self._stored_bytes)]
         if head:
             parts.append(Part(HEAD, head, LLM, "int8", int8_groups.stored_bytes))
         if esm is not None:
@@ -243,7 +246,7 @@ class Choices:
             "projections": widths * llama.hidden_size * value,
         }
         # Records are made from the portable graph, and turned back for the parity runs.
-        twice = [DECODER_PART, HEAD] if in_records else []
+        twice = [DECODER_PART, HEAD] if options.decoder_layout == "records" else []
         return plan(parts, tensors, self.source.checkpoint, [*self.gptq_parts, *twice])
 
     def estimate(self, planned: Plan) -> Estimate:
