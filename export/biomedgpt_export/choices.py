@@ -20,10 +20,12 @@ from .estimate import Estimate, Subject
 from .families.base import LLM, PROTEIN, Source
 from .graphs.linear import GraphPrecision, HeadPrecision
 from .graphs.matrices import HEAD, esm_matrices, llama_matrices
+from .graphs.records import records_bytes
 from .options import ExportOptions
 from .plan import Part, Plan, plan
 from .quantize import int8_groups
 from .quantize.imported import ImportedWeights
+from .quantize.int4 import group_size_for
 from .quantize.rtn import RoundToNearest
 from .streamed_model import DECODER_PART, PROTEIN_PART
 
@@ -214,18 +216,25 @@ class Choices:
         matrices = llama_matrices(self.source.configs.llama)
         return ImportedWeights(quantized, RoundToNearest(), lambda name: matrices[name].keys)
 
+    @property
+    def _stored_bytes(self) -> Callable[[str, int, int], int] | None:
+        """Of a layer of the decoder, where that is not a matter of its precision alone."""
+        if self.imported is not None:
+            # In records, but for the last rows and columns of a matrix, they take the same.
+            return self.imported.stored_bytes
+        return _in_records if self.options.decoder_layout == "records" else None
+
     def plan(self) -> Plan:
         """Sizes of what the options make of the checkpoint.
 
         Raises:
             CheckpointError: it is quantized in groups that a bundle cannot hold.
         """
-        options, configs, imported = self.options, self.source.configs, self.imported
+        options, configs = self.options, self.source.configs
         llama, esm, gin = configs.llama, configs.esm, configs.gin
         decoder = llama_matrices(llama)
         head = [decoder.pop(HEAD)] if self.lm_head == "int8" else []
-        stored = None if imported is None else imported.stored_bytes
-        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, stored)]
+        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, self._stored_bytes)]
         if head:
             parts.append(Part(HEAD, head, LLM, "int8", int8_groups.stored_bytes))
         if esm is not None:
@@ -236,7 +245,9 @@ class Choices:
             "embeddings": configs.rows * llama.hidden_size * (1 if options.embeddings == "int8" else value),
             "projections": widths * llama.hidden_size * value,
         }
-        return plan(parts, tensors, self.source.checkpoint, self.gptq_parts)
+        # Records are made from the portable graph, and turned back for the parity runs.
+        twice = [DECODER_PART, HEAD] if options.decoder_layout == "records" else []
+        return plan(parts, tensors, self.source.checkpoint, [*self.gptq_parts, *twice])
 
     def estimate(self, planned: Plan) -> Estimate:
         """Memory and time of what the options make of the checkpoint."""
@@ -257,3 +268,7 @@ class Choices:
             checkpoint=checkpoint,
             bundle=planned.bundle,
         ).estimate()
+
+
+def _in_records(name: str, rows: int, columns: int) -> int:
+    return records_bytes(rows, columns, group_size_for(columns))

@@ -20,9 +20,12 @@ from .families.base import MODALITIES
 from .families.biomedgpt_10b import FAMILY
 from .graphs.linear import GRAPH_PRECISIONS, HEAD_PRECISIONS, PRECISIONS
 from .memory import available_memory
-from .options import PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, read_about
+from .options import DECODER_LAYOUTS, PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, read_about
 from .proof import BundleSide, compared, table
+from .relayout import relayout
 from .synthesize import SCALES, synthesize
+
+_LAYOUT_HELP = "of a decoder in int4: records for our own operators, portable for those of ONNX Runtime alone"
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bundle(commands.add_parser("bundle", help="export a checkpoint as a bundle"))
     _add_synthesize(commands.add_parser("synthesize", help="write a random checkpoint in the release layout"))
     _add_compare(commands.add_parser("compare", help="what one bundle loses against another"))
+    _add_relayout(commands.add_parser("relayout", help="the same bundle with its decoder in another layout"))
     return parser
 
 
@@ -88,6 +92,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-head", choices=HEAD_PRECISIONS, help="of the LM head beside a decoder in int4 (default: int4)"
     )
+    parser.add_argument("--decoder-layout", choices=DECODER_LAYOUTS, default="portable", help=_LAYOUT_HELP)
     parser.add_argument(
         "--quantizer", choices=QUANTIZERS, help="how int4 values are chosen that the checkpoint lacks (default: gptq)"
     )
@@ -145,6 +150,7 @@ def _run_bundle(options: argparse.Namespace) -> None:
         protein_encoder=options.protein_encoder,
         embeddings=options.embeddings,
         lm_head=options.lm_head,
+        decoder_layout=options.decoder_layout,
         quantizer=options.quantizer,
         calibration=options.calibration,
         device=options.device,
@@ -181,6 +187,17 @@ def _run_compare(options: argparse.Namespace) -> None:
     inputs = tuple(kind for kind in first.inputs if kind in second.inputs)
     figures = compared(first, second, readable(read_examples(options.questions), inputs, "comparison", _report))
     print(json.dumps(figures, indent=1) if options.json else "\n".join(table(figures)))
+
+
+def _add_relayout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="B", help="the bundle")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist")
+    parser.add_argument("--decoder-layout", choices=DECODER_LAYOUTS, required=True, help=_LAYOUT_HELP)
+    parser.set_defaults(run=_run_relayout)
+
+
+def _run_relayout(options: argparse.Namespace) -> None:
+    relayout(options.bundle, options.out, options.decoder_layout, _report)
 
 
 def _run_synthesize(options: argparse.Namespace) -> None:

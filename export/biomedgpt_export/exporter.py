@@ -46,9 +46,10 @@ from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
+from .graphs.int4_ops import write_with_int4_ops
 from .graphs.linear import Linears
 from .memory import available_memory
-from .options import ExportOptions
+from .options import DECODER_LAYOUTS, ExportOptions
 from .plan import Plan
 from .quantize import int8_groups
 from .quantize.gptq import GptqOptions
@@ -286,9 +287,19 @@ class _Export:
         imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
         linears = written[DECODER] = Linears(precision, quantizer, activations="int8", lm_head=self.choices.lm_head)
-        with self._graph(DECODER) as graph:
+        name = DECODER if self.options.decoder_layout == "portable" else f"portable_{DECODER}"
+        with self._graph(name) as graph:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
+        if name != DECODER:
+            self._lay_out(self.staging / name)
         return written
+
+    def _lay_out(self, portable: Path) -> None:
+        """The decoder in records, in place of the portable one."""
+        replaced = write_with_int4_ops(portable, self.staging / DECODER)
+        for path in (portable, portable.with_suffix(".data")):
+            path.unlink()
+        self.report(f"decoder in records, {replaced.kept} products in another form")
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
         if journal is None or part not in self.choices.gptq_parts:
@@ -318,6 +329,7 @@ class _Export:
                 rope_base=llama.rope_base,
                 norm_eps=llama.norm_eps,
                 attention_bias=llama.attention_bias,
+                layout=DECODER_LAYOUTS[self.options.decoder_layout],
             ),
             molecule_encoder=None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
             protein_encoder=None if esm is None else _protein_spec(esm),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from biomedgpt_edge.manifest import Policy
+from biomedgpt_edge.manifest import PORTABLE, RECORDS, Policy
 
 from .device import find_device
 from .errors import ExportError
@@ -22,6 +23,9 @@ TablePrecision = Literal["fp16", "int8"]
 TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("fp16", "int8")
 Proof = Literal["quick", "full", "none"]
 PROOFS: tuple[Proof, ...] = ("quick", "full", "none")
+DecoderLayout = Literal["portable", "records"]
+# By option, what the manifest says.
+DECODER_LAYOUTS: Mapping[DecoderLayout, str] = {"portable": PORTABLE, "records": RECORDS}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class ExportOptions:
         protein_encoder: precision of the protein encoder's linear layers, where it is another one.
         embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
         lm_head: precision of the LM head of int4 bundles, where it is another one; int8 is rounded to nearest.
+        decoder_layout: ``records`` has the decoder's int4 matrices as our own operators read them, which need no
+            repacking when a bundle is loaded; ``portable`` has them for ONNX Runtime's.
         name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
         policy: the model's terms; left out, the family's.
@@ -60,6 +66,7 @@ class ExportOptions:
     protein_encoder: GraphPrecision | None = None
     embeddings: TablePrecision = "fp16"
     lm_head: HeadPrecision | None = None
+    decoder_layout: DecoderLayout = "portable"
     name: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
@@ -105,6 +112,12 @@ class ExportOptions:
                 "a largest KL divergence was given, and nothing is to be compared.",
                 seen=self.max_kl,
                 remedy="Leave it out, or compare: proof quick or full, precision int4 or fp16.",
+            )
+        if self.decoder_layout != "portable" and self.precision != "int4":
+            raise ExportError(
+                f"a decoder in {self.decoder_layout} was asked for, and precision {self.precision}.",
+                seen=self.decoder_layout,
+                remedy="Leave out --decoder-layout, or export with precision int4.",
             )
         if self.precision == "fp32" and self.embeddings != "fp16":
             raise ExportError(

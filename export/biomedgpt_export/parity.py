@@ -24,12 +24,14 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.base import DecoderState, KeyValues
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
-from biomedgpt_edge.manifest import FileEntry
+from biomedgpt_edge.manifest import PORTABLE, FileEntry
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
 from biomedgpt_edge.prompt import MoleculeSegment, ProteinSegment, TokenSegment
 from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
 from .families.base import LLM, MOLECULE, PROTEIN, Configs
+from .graphs.int4_ops import write_portable
 from .graphs.linear import ACCURACY_LEVELS
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 from .stored_model import ROUNDING_TOLERANCE, Chosen, StoredModel, folded
@@ -234,7 +236,8 @@ def _with_head(weights: Weights) -> Weights:
 class _ExactArithmetic:
     """A view of the bundle whose int4 and int8 layers compute in float32 instead of quantizing activations to int8.
 
-    It lives in copies of the graph files beside the originals, since that is where their weights are found.
+    It lives in copies of the graph files beside the originals, since that is where their weights are found; a decoder
+    in records is turned back into a portable one, since its operators have no other arithmetic.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -251,6 +254,7 @@ class _ExactArithmetic:
                 copy = self._copy(self._bundle.file(spec.graph))
                 entries.append(FileEntry(copy.name, copy.stat().st_size, ""))
                 specs[field] = dataclasses.replace(spec, graph=copy.name)
+        specs["decoder"] = dataclasses.replace(specs["decoder"], layout=PORTABLE)
         exact = dataclasses.replace(manifest, files=tuple(entries), **specs)
         return dataclasses.replace(self._bundle, manifest=exact)
 
@@ -259,13 +263,17 @@ class _ExactArithmetic:
             copy.unlink()
 
     def _copy(self, graph: Path) -> Path:
+        copy = graph.with_name(f"{graph.stem}.exact.onnx")
+        self._copies.append(copy)
         model = onnx.load(str(graph), load_external_data=False)
+        if any(node.domain == INT4_DOMAIN for node in model.graph.node):
+            self._copies.append(copy.with_suffix(".data"))
+            write_portable(graph, copy)
+            model = onnx.load(str(copy), load_external_data=False)
         nodes = [exact for node in model.graph.node for exact in _exact(node)]
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        copy = graph.with_name(f"{graph.stem}.exact.onnx")
         copy.write_bytes(model.SerializeToString())
-        self._copies.append(copy)
         return copy
 
 

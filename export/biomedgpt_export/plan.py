@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Plan:
 
     Attributes:
         parts: by name, what each takes in the bundle.
-        work: what GPTQ keeps beside the output until the bundle is whole.
+        work: what lies beside the output, or in it, until the bundle is whole.
     """
 
     parts: dict[str, int]
@@ -73,17 +73,17 @@ class Plan:
             yield f"and keep {gigabytes(self.work)} of work beside it until it is whole"
 
 
-def plan(parts: Iterable[Part], tensors: dict[str, int], checkpoint: Checkpoint, journalled: Collection[str]) -> Plan:
+def plan(parts: Iterable[Part], tensors: dict[str, int], checkpoint: Checkpoint, again: Sequence[str]) -> Plan:
     """Adds up.
 
     Args:
         tensors: bytes of what lies outside the graphs, by name.
-        journalled: names of the parts whose matrices GPTQ keeps, too.
+        again: names of the parts whose matrices lie on disk once more until the bundle is whole, as often as they do.
     """
     sizes, work = {}, 0
     for part in parts:
         sizes[part.name] = sum(_bytes(matrix, part, checkpoint) for matrix in part.matrices)
-        work += sizes[part.name] * (part.name in journalled)
+        work += sizes[part.name] * again.count(part.name)
     return Plan({**sizes, **tensors}, work)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
-from .onnx_header import OPERATORS, ExternalTensor, read_header
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, RECORDS, FileEntry, Manifest, parse_manifest
+from .onnx_header import INT4_MATRICES, OPERATORS, ExternalTensor, read_header
 from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
@@ -168,23 +168,28 @@ class Bundle:
 
     def _check_graphs(self) -> None:
         """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
-        specs = (self.manifest.decoder, self.manifest.molecule_encoder, self.manifest.protein_encoder)
-        for graph in [spec.graph for spec in specs if spec is not None]:
-            header = read_header(self.file(graph))
-            for tensor in header.tensors:
-                self._check_reference(graph, tensor)
-            foreign = sorted(".".join(filter(None, operator)) for operator in header.operators - OPERATORS)
-            if foreign:
-                raise BundleCorruptError(
-                    f"{graph} uses operators that no bundle needs: {', '.join(foreign)[:120]!r}.",
-                    seen=[name[:80] for name in foreign[:8]],
-                    remedy="Use bundles of biomedgpt-export only; a newer one may need a newer biomedgpt-edge.",
-                )
-            wrong = next(contradictions(header), None)
-            if wrong is not None:
-                raise BundleCorruptError(
-                    f"{graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
-                )
+        decoder = self.manifest.decoder
+        self._check_graph(decoder.graph, OPERATORS.union(INT4_MATRICES if decoder.layout == RECORDS else ()))
+        for spec in (self.manifest.molecule_encoder, self.manifest.protein_encoder):
+            if spec is not None:
+                self._check_graph(spec.graph, OPERATORS)
+
+    def _check_graph(self, graph: str, operators: Set[tuple[str, str]]) -> None:
+        header = read_header(self.file(graph))
+        for tensor in header.tensors:
+            self._check_reference(graph, tensor)
+        foreign = sorted(".".join(filter(None, operator)) for operator in header.operators - operators)
+        if foreign:
+            raise BundleCorruptError(
+                f"{graph} uses operators that no bundle needs: {', '.join(foreign)[:120]!r}.",
+                seen=[name[:80] for name in foreign[:8]],
+                remedy="Use bundles of biomedgpt-export only; a newer one may need a newer biomedgpt-edge.",
+            )
+        wrong = next(contradictions(header), None)
+        if wrong is not None:
+            raise BundleCorruptError(
+                f"{graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
+            )
 
     def _check_reference(self, graph: str, tensor: ExternalTensor) -> None:
         # Locations are relative to the graph's own folder.

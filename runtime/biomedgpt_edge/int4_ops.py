@@ -10,7 +10,8 @@ from . import _native
 from .errors import PlatformError
 from .ort_session import SESSION_ERRORS
 
-DOMAIN, OPSET = "biomedgpt", 1
+# Of domain onnx_header.INT4_DOMAIN.
+OPSET = 1
 # Installed beside the extension module, wherever that is.
 LIBRARY = Path(_native.__file__).with_name("_ort_ops.so")
 
@@ -28,5 +29,11 @@ def register_int4_ops(options: ort.SessionOptions) -> None:
         raise PlatformError(
             f"the int4 operators cannot be used with ONNX Runtime {ort.__version__}: {error}.",
             seen=ort.__version__,
-            remedy="Use a graph with MatMulNBits, or install biomedgpt-edge again.",
+            remedy="Install biomedgpt-edge again with a current onnxruntime, or use a bundle whose decoder is portable "
+            "('biomedgpt-export relayout' makes one of it).",
         ) from error
+
+
+def check_int4_ops() -> None:
+    """Raises what :func:`register_int4_ops` raises, where the operators cannot be used here."""
+    register_int4_ops(ort.SessionOptions())

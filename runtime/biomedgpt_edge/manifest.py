@@ -17,7 +17,10 @@ from .prompt import PromptTemplate
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "biomedgpt-edge/bundle"
-SCHEMA_VERSION = 1
+# Version 2 has the decoder's ``layout``. What version 1 can say is written as version 1, which older runtimes read.
+SCHEMA_VERSION = 2
+PORTABLE, RECORDS = "portable", "records-1"
+LAYOUTS = (PORTABLE, RECORDS)
 MAX_MANIFEST_BYTES = 4 * 2**20
 _EXACT_IN_FLOAT = 2**53
 _RE_EXPORT = "Export or copy the bundle again."
@@ -42,7 +45,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Llama-shaped decoder; ``vocabulary`` counts the rows of the logits, ``context`` the positions it may use."""
+    """Llama-shaped decoder; ``vocabulary`` counts the rows of the logits, ``context`` the positions it may use.
+
+    ``layout`` is ``portable`` where ONNX Runtime's own operators compute the graph, and ``records-1`` where matrices
+    lie as those of csrc/int4 read them; another number would stand for other records.
+    """
 
     graph: str
     layers: Annotated[int, Range(1, 1024)]
@@ -56,6 +63,7 @@ class DecoderSpec:
     rope_base: Annotated[float, Range(1.0, 1e12)]
     norm_eps: Annotated[float, Range(1e-30, 1.0)]
     attention_bias: bool = False
+    layout: str = PORTABLE
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical text: the same manifest always gives the same bytes."""
-        fields = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        fields: dict[str, Any] = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        if self.decoder.layout == PORTABLE:
+            fields["schema_version"] = 1
+            del fields["decoder"]["layout"]
         return json.dumps(fields, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -135,7 +146,7 @@ def parse_manifest(text: str) -> Manifest:
 
     Raises:
         ManifestError: not JSON, not a manifest, or a wrong field (named by its path).
-        BundleVersionError: written for a newer or older schema.
+        BundleVersionError: written for a newer schema, or with a layout of the decoder that is not known here.
     """
     try:
         raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -151,16 +162,36 @@ def parse_manifest(text: str) -> Manifest:
     version = raw.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ManifestError(f"'schema_version' of {MANIFEST_NAME} is not a positive number.", remedy=_RE_EXPORT)
-    if version != SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise BundleVersionError(
-            f"the bundle has schema version {version}, and this biomedgpt-edge reads version {SCHEMA_VERSION}.",
+            f"the bundle has schema version {version}, and this biomedgpt-edge reads versions 1 to {SCHEMA_VERSION}.",
             seen=version,
             limit=SCHEMA_VERSION,
-            remedy="Update biomedgpt-edge." if version > SCHEMA_VERSION else "Export the bundle again.",
+            remedy="Update biomedgpt-edge.",
         )
     body = {key: value for key, value in raw.items() if key not in ("schema", "schema_version")}
-    manifest: Manifest = _read(Manifest, body, "manifest")
+    manifest: Manifest = _read(Manifest, _with_layout(body) if version == 1 else body, "manifest")
+    if manifest.decoder.layout not in LAYOUTS:
+        raise BundleVersionError(
+            f"the decoder lies in the layout {manifest.decoder.layout[:60]!r}, and this biomedgpt-edge reads "
+            f"{' and '.join(LAYOUTS)}.",
+            seen=manifest.decoder.layout[:60],
+            limit=", ".join(LAYOUTS),
+            remedy="Update biomedgpt-edge, or export the bundle with --decoder-layout portable.",
+        )
     return manifest
+
+
+def _with_layout(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of version 1 with the one that was added since."""
+    decoder = body.get("decoder")
+    if not isinstance(decoder, dict):
+        return body
+    if "layout" in decoder:
+        raise ManifestError(
+            f"'manifest.decoder' of {MANIFEST_NAME} has unknown layout: schema version 1 knows none.", remedy=_RE_EXPORT
+        )
+    return {**body, "decoder": {**decoder, "layout": PORTABLE}}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ ONNX Runtime resolves external data by the path in the file; a hostile graph cou
 memory. So every reference is checked against the manifest before a session is opened. And a graph is a program: it may
 use the operators of our own exports only, none of which loops, branches or reads files. When a session is opened, ONNX
 Runtime reads as many weights as a MatMulNBits declares; not all of its versions look how many there are, so that this
-is compared, too (see :mod:`onnx_products`). Format: onnx.proto (ONNX 1.23)
+is compared, and likewise for the operators of csrc/ort (see :mod:`onnx_products`). Format: onnx.proto (ONNX 1.23)
 over the protobuf wire format; what a parser may read in two ways is refused, since ONNX Runtime's reads it too.
 """
 
@@ -45,7 +45,10 @@ OPERATORS = frozenset(
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     }
 )
-_PRODUCT, _CAST = ("com.microsoft", "MatMulNBits"), ("", "Cast")
+# Those of csrc/ort, for decoders in records alone, and how many matrices the records of each hold.
+INT4_DOMAIN = "biomedgpt"
+INT4_MATRICES = {(INT4_DOMAIN, "Int4Linear"): 1, (INT4_DOMAIN, "Int4GateUp"): 2}
+_PRODUCTS, _CAST = {("com.microsoft", "MatMulNBits"), *INT4_MATRICES}, ("", "Cast")
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3
 _DIMENSION, _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 8, 13, 14, 1
@@ -65,8 +68,9 @@ class ExternalTensor:
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMulNBits: the names of its inputs, and its attributes that are numbers."""
+    """A MatMulNBits, Int4Linear or Int4GateUp: the names of its inputs, and its attributes that are numbers."""
 
+    operator: tuple[str, str]
     inputs: tuple[str, ...]
     attributes: Mapping[str, int]
 
@@ -78,7 +82,7 @@ class Header:
     Attributes:
         tensors: those outside it.
         operators: as (domain, name).
-        products: every MatMulNBits.
+        products: every product with quantized weights.
         casts: by the name of what a Cast gives, that of what it reads; None where two differ.
         shapes: of tensors by name, whether they lie outside or not; None where two differ.
     """
@@ -150,8 +154,8 @@ def _messages(data: memoryview, message: str, depth: int) -> Iterator[tuple[str,
 def _add_node(header: Header, data: memoryview) -> None:
     operator = _last(data, _NODE_DOMAIN), _last(data, _NODE_OPERATOR)
     header.operators.add(operator)
-    if operator == _PRODUCT:
-        header.products.append(Product(tuple(_texts(data, _NODE_INPUT)), _numbers(data)))
+    if operator in _PRODUCTS:
+        header.products.append(Product(operator, tuple(_texts(data, _NODE_INPUT)), _numbers(data)))
     elif operator == _CAST:
         given, read = _last(data, _NODE_OUTPUT), _last(data, _NODE_INPUT)
         header.casts[given] = read if header.casts.get(given, read) == read else None

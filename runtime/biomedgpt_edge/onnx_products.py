@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .onnx_header import Header, Product
+from . import _native
+from .errors import KernelArgumentError
+from .onnx_header import INT4_MATRICES, Header, Product
 
-# Those of int4 and int8, in the groups of our own exports.
+# Those of int4 and int8, in the groups of our own exports, and in those of records.
 BITS, GROUP_SIZES = (4, 8), (16, 32, 64, 128)
+RECORDS_GROUP_SIZES = (32, 64, 128)
 
 
 def contradictions(header: Header) -> Iterator[str]:
-    """What is wrong with each MatMulNBits whose attributes and tensors contradict each other."""
+    """What is wrong with each product whose attributes and tensors contradict each other."""
     for product in header.products:
-        wrong = _contradiction(header, product)
+        matrices = INT4_MATRICES.get(product.operator)
+        wrong = _contradiction(header, product) if matrices is None else _of_records(header, product, matrices)
         if wrong:
             yield wrong
 
@@ -39,3 +43,16 @@ def _contradiction(header: Header, product: Product) -> str:
         if found is None or math.prod(found) != count:
             return f"{name} is {found}, and {count} values are declared"
     return ""
+
+
+def _of_records(header: Header, product: Product, matrices: int) -> str:
+    if len(product.inputs) != 2:
+        return f"{product.operator[1]} has {len(product.inputs)} inputs, and needs two"
+    rows, columns, records = product.attributes.get("N", 0), product.attributes.get("K", 0), product.inputs[1]
+    try:
+        shapes = [_native.int4_records_shape(rows, columns, size) for size in RECORDS_GROUP_SIZES]
+    except KernelArgumentError:
+        return f"{records} has {rows} x {columns} values"
+    declared = [(matrices * panels, groups, size) for panels, groups, size in shapes]
+    found = header.shapes.get(records)
+    return "" if found in declared else f"{records} is {found}, and one of {declared} is declared"

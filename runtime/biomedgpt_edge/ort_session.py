@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,12 +60,19 @@ def _failure(what: str, error: Exception) -> BioMedGPTError:
 
 
 def open_session(
-    path: Path, *, threads: int, inputs: Signature, outputs: Signature, spinning: bool = True
+    path: Path,
+    *,
+    threads: int,
+    inputs: Signature,
+    outputs: Signature,
+    spinning: bool = True,
+    register: Callable[[ort.SessionOptions], None] | None = None,
 ) -> ort.InferenceSession:
     """Opens the graph at ``path`` on the CPU and compares its signature with what the manifest implies.
 
     After a run, a session's threads keep their processors busy for a while, waiting for the next one: good for tokens
     that follow one another. Without ``spinning`` they sleep at once and leave the processors to whoever is next.
+    ``register`` gives the session operators that ONNX Runtime does not have.
 
     Raises:
         PlatformError: this machine gave no memory for it.
@@ -79,6 +86,8 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     # A file called .ort would be read in ONNX Runtime's own format, which onnx_header has not checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
+    if register is not None:
+        register(options)
     try:
         # There is nothing to fall back to, and trying prints to the terminal.
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +23,20 @@ from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.encoders import Encoders
 from biomedgpt_edge.engine import DEMO_BUNDLE, Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
-from biomedgpt_edge.onnx_header import MAX_GRAPH_BYTES, MAX_REFERENCES, OPERATORS, ExternalTensor, read_header
+from biomedgpt_edge.onnx_header import (
+    INT4_MATRICES,
+    MAX_GRAPH_BYTES,
+    MAX_REFERENCES,
+    OPERATORS,
+    ExternalTensor,
+    read_header,
+)
 from biomedgpt_edge.onnx_products import contradictions
 from biomedgpt_edge.ort_session import open_session
 from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.options import ExportOptions
+from biomedgpt_export.relayout import relayout
 from support import bounded_memory
 
 GRAPHS = ["decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"]
@@ -666,9 +675,9 @@ def head_of(graph: GraphProto) -> NodeProto:
     return next(node for node in graph.node if node.name == "lm_head.product")
 
 
-def declare(**attributes: int) -> Callable[[GraphProto], None]:
+def declare(name: str = "lm_head.product", **attributes: int) -> Callable[[GraphProto], None]:
     def change(graph: GraphProto) -> None:
-        for attribute in head_of(graph).attribute:
+        for attribute in next(node for node in graph.node if node.name == name).attribute:
             attribute.i = attributes.get(attribute.name, attribute.i)
 
     return change
@@ -767,6 +776,158 @@ def test_every_operator_that_bundles_may_use_is_used_by_one(
         for operator in read_header(graph).operators
     }
     assert used == OPERATORS
+
+
+# --- a decoder in records ---------------------------------------------------------------------------------------------
+
+HEAD, GATED = "lm_head.records", "layers.0.gate_proj+layers.0.up_proj.records"
+Change = Callable[[GraphProto], None]
+
+
+@pytest.fixture(scope="module")
+def records(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_bundle`` with its decoder in records; to be read only."""
+    out = tmp_path_factory.mktemp("records") / "bundle"
+    relayout(tiny_bundle, out, "records", lambda line: None)
+    return out
+
+
+@pytest.fixture
+def records_copy(records: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(records, tmp_path / "records"))
+
+
+def change_decoder(bundle: Path, change: Change) -> None:
+    graph = onnx.load(str(bundle / "decoder.onnx"), load_external_data=False)
+    change(graph.graph)
+    install(bundle, graph, "decoder.onnx")
+
+
+def operator_of(graph: GraphProto, records: str) -> NodeProto:
+    return next(node for node in graph.node if records in node.input)
+
+
+def without_attributes(graph: GraphProto) -> None:
+    del operator_of(graph, HEAD).attribute[:]
+
+
+def as_operator(records: str, operator: str) -> Change:
+    def change(graph: GraphProto) -> None:
+        operator_of(graph, records).op_type = operator
+
+    return change
+
+
+def computed(graph: GraphProto) -> None:
+    graph.node.insert(0, helper.make_node("Identity", [HEAD], ["computed"]))
+    node = next(node for node in graph.node if node.op_type == "Int4Linear" and HEAD in node.input)
+    node.input[1] = "computed"
+
+
+def one_input_more(graph: GraphProto) -> None:
+    operator_of(graph, HEAD).input.append(GATED)
+
+
+def one_input_less(graph: GraphProto) -> None:
+    del operator_of(graph, HEAD).input[1]
+
+
+def records_of_another(graph: GraphProto) -> None:
+    operator_of(graph, HEAD).input[1] = GATED
+
+
+def two_of_one_name(graph: GraphProto) -> None:
+    graph.initializer.append(TensorProto(name=HEAD, data_type=TensorProto.UINT8, dims=[1], raw_data=b"1"))
+
+
+def test_a_bundle_in_records_declares_what_it_holds(records: Path) -> None:
+    header = read_header(records / "decoder.onnx")
+    assert {product.operator for product in header.products} == set(INT4_MATRICES)
+    assert not list(contradictions(header))
+    Bundle.open(records)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(declare(N=rows) for rows in (0, -1, 992, 1025, 10**9, 2**62)),
+        *(declare(K=columns) for columns in (0, -1, 129, 10**9, 2**62)),
+        *(declare("layers.0.gated", N=rows) for rows in (0, 320, 353, 704)),
+        without_attributes,
+        as_operator(HEAD, "Int4GateUp"),
+        as_operator(GATED, "Int4Linear"),
+        resize(HEAD, [32, 1, 2111]),
+        resize(HEAD, [32, 2, 1056]),
+        resize(HEAD, [32 * 2112]),
+        resize(HEAD, [31, 1, 2112]),
+        resize(HEAD, [0, 1, 2112]),
+        computed,
+        one_input_more,
+        one_input_less,
+        records_of_another,
+        two_of_one_name,
+    ],
+)
+def test_records_of_another_size_than_declared_are_refused_before_a_session_is_opened(
+    records_copy: Path, change: Change
+) -> None:
+    change_decoder(records_copy, change)
+    with pytest.raises(BundleCorruptError, match=r"decoder\.onnx contradicts itself"):
+        Bundle.open(records_copy)
+
+
+def places(records: str, **entries: int) -> Change:
+    def change(graph: GraphProto) -> None:
+        tensor = next(tensor for tensor in graph.initializer if tensor.name == records)
+        for entry in tensor.external_data:
+            entry.value = str(int(entry.value) + entries[entry.key]) if entry.key in entries else entry.value
+
+    return change
+
+
+def of_another_type(graph: GraphProto) -> None:
+    next(tensor for tensor in graph.initializer if tensor.name == HEAD).data_type = TensorProto.INT8
+
+
+def an_input_that_may_change(graph: GraphProto) -> None:
+    graph.input.append(helper.make_tensor_value_info(HEAD, TensorProto.UINT8, [32, 1, 2112]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [places(GATED, offset=-1), places(GATED, offset=-32), places(GATED, length=-1), of_another_type,
+     an_input_that_may_change],
+)  # fmt: skip
+def test_records_that_cannot_be_used_where_they_lie_are_refused_when_the_session_is_made(
+    records_copy: Path, change: Change
+) -> None:
+    change_decoder(records_copy, change)
+    with pytest.raises(BundleCorruptError, match=r"decoder\.onnx"):
+        Engine.load(records_copy, threads=1, verify="sizes")
+
+
+def test_records_beyond_the_end_of_their_file_are_refused(records_copy: Path) -> None:
+    change_decoder(records_copy, places(HEAD, offset=2**30))
+    with pytest.raises(BundleCorruptError, match=r"places tensor 'lm_head\.records' at bytes"):
+        Bundle.open(records_copy)
+
+
+def test_a_portable_bundle_may_not_use_the_operators(records: Path, bundle_copy: Path) -> None:
+    for name in ("decoder.data", "decoder.onnx"):
+        install(bundle_copy, (records / name).read_bytes(), name)
+    with pytest.raises(BundleCorruptError, match=r"no bundle needs: 'biomedgpt\.Int4GateUp, biomedgpt\.Int4Linear'"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("name", GRAPHS[1:])
+def test_an_encoder_may_not_use_them_in_any_bundle(records_copy: Path, name: str) -> None:
+    node = helper.make_node("Int4Linear", ["x", "w"], ["z"], domain="biomedgpt", N=1, K=1)
+    install(records_copy, model(external(), nodes=(node,)), name)
+    with pytest.raises(BundleCorruptError, match=rf"{name} uses operators .* 'biomedgpt\.Int4Linear'"):
+        Bundle.open(records_copy)
+
+
+# --- what shows only when it runs -------------------------------------------------------------------------------------
 
 
 def test_a_graph_that_fails_only_when_it_runs_is_a_typed_error(bundle_copy: Path) -> None:

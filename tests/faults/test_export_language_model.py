@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from biomedgpt_edge import Engine, Molecule
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import MissingModalityError
+from biomedgpt_edge.onnx_header import read_header
 from biomedgpt_export import exporter
 from biomedgpt_export.checkpoint import JoinedCheckpoint, open_checkpoint, open_gptq
 from biomedgpt_export.cli import main
@@ -218,12 +219,30 @@ def require_imported(folder: Path, bundle: Path) -> None:
             assert torch.equal(stored(LLM + key), checkpoint.tensor(key)), key
 
 
-@pytest.mark.parametrize("name", WRITTEN_BY_GPTQMODEL)
-def test_what_gptqmodel_has_quantized_is_in_the_bundle_bit_for_bit(name: str, tmp_path: Path) -> None:
+def export_of_gptqmodel(name: str, tmp_path: Path, *more: str) -> Path:
+    """Exports it to ``bundle``; returns the checkpoint's folder."""
     folder = Path(shutil.copytree(DATA / name, tmp_path / "model"))
     (folder / "tokenizer.model").write_bytes(small_tokenizer(32))
-    command = ["bundle", "--family", "biomedgpt-lm-7b", "--checkpoint", str(folder), "--proof", "none"]
+    command = ["bundle", "--family", "biomedgpt-lm-7b", "--checkpoint", str(folder), "--proof", "none", *more]
     assert main([*command, "--out", str(tmp_path / "bundle")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", WRITTEN_BY_GPTQMODEL)
+def test_it_is_there_bit_for_bit_in_records_too_or_beside_them_where_it_has_zero_points(
+    name: str, tmp_path: Path
+) -> None:
+    folder = export_of_gptqmodel(name, tmp_path, "--decoder-layout", "records")
+    require_imported(folder, tmp_path / "bundle")
+    operators = {operator for _, operator in read_header(tmp_path / "bundle" / "decoder.onnx").operators}
+    assert "Int4Linear" in operators
+    assert ("MatMulNBits" in operators) == ("asymmetric" in name)
+    Engine.load(tmp_path / "bundle", threads=1).close()
+
+
+@pytest.mark.parametrize("name", WRITTEN_BY_GPTQMODEL)
+def test_what_gptqmodel_has_quantized_is_in_the_bundle_bit_for_bit(name: str, tmp_path: Path) -> None:
+    folder = export_of_gptqmodel(name, tmp_path)
     require_imported(folder, tmp_path / "bundle")
     # Zero points and orders among them.
     planned = plan_bundle(ExportOptions(Layout.locate(folder), tmp_path / "again", proof="none"))

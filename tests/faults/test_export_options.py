@@ -20,6 +20,7 @@ from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize import journal as journal_module
+from biomedgpt_export.relayout import relayout
 
 QUESTIONS = (
     {"question": "What is this?", "smiles": "CCO", "answer": "ethanol"},
@@ -44,6 +45,33 @@ def questions(tmp_path: Path) -> Path:
 def proof_of(bundle: Path) -> dict[str, Any]:
     found: dict[str, Any] = Bundle.open(bundle).manifest.parity["proof"]
     return found
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_records_are_for_int4_alone(tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ExportError, match=f"decoder in records was asked for, and precision {precision}") as caught:
+        export(tiny_checkpoint, tmp_path / "bundle", precision=precision, decoder_layout="records")
+    assert caught.value.seen == "records"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_in_records_is_the_portable_one_laid_out_anew(
+    tiny_checkpoint: Path, tmp_path: Path, questions: Path
+) -> None:
+    common = {"quantizer": "rtn", "lm_head": "int8", "questions": questions}
+    export(tiny_checkpoint, tmp_path / "portable", **common)
+    export(tiny_checkpoint, tmp_path / "records", decoder_layout="records", **common)
+    relayout(tmp_path / "portable", tmp_path / "relayout", "records", lambda line: None)
+    direct, other = (Bundle.open(tmp_path / name).manifest for name in ("records", "relayout"))
+    assert direct.files == other.files
+    assert direct.decoder == other.decoder
+    # The same matrices; how far int8 activations go wrong is measured with the operators that the bundle has.
+    for kind in ("fidelity", "rounding", "tolerance"):
+        assert direct.parity[kind] == other.parity[kind]
+    assert direct.parity["proof"]["kl"]["mean"] == pytest.approx(other.parity["proof"]["kl"]["mean"], rel=0.5)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

@@ -34,6 +34,18 @@ def test_sizes_are_those_of_the_bundle(
     assert sum(path.stat().st_size for path in written.iterdir()) <= planned.bundle
 
 
+def test_a_decoder_in_records_has_its_own_size_and_lies_there_twice_for_a_while(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    layout, out = Layout.locate(tiny_checkpoint), tmp_path / "x"
+    options = ExportOptions(layout, out, quantizer="rtn", lm_head="int8", proof="none", decoder_layout="records")
+    planned = plan_bundle(options)
+    export_bundle(options, lambda line: None)
+    parts = planned.parts["decoder"] + planned.parts["lm_head"]
+    assert parts == bytes_of_linears(out / "decoder.onnx")
+    assert planned.work == parts
+
+
 def test_work_of_gptq_is_counted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     layout = Layout.locate(tiny_checkpoint)
     with_work, without = (plan_bundle(ExportOptions(layout, tmp_path / "x", "int4", q)) for q in ("gptq", "rtn"))

@@ -15,10 +15,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from biomedgpt_edge import int4_ops
 from biomedgpt_edge.errors import PlatformError
-from biomedgpt_edge.int4_ops import DOMAIN, register_int4_ops
+from biomedgpt_edge.int4_ops import register_int4_ops
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
 from int4_matrices import Array, Matrix, assert_product, interleaved, random_matrix
 
-OPSETS = [helper.make_opsetid(*opset) for opset in (("", 18), (DOMAIN, int4_ops.OPSET), ("com.microsoft", 1))]
+OPSETS = [helper.make_opsetid(*opset) for opset in (("", 18), (INT4_DOMAIN, int4_ops.OPSET), ("com.microsoft", 1))]
 ROWS, COLUMNS, OUTPUTS, GROUP = 5, 300, 70, 128
 
 
@@ -41,7 +42,7 @@ def model_of(
 
 def linear_model(matrix: Matrix, x_shape: list[Any] | None, op: str = "Int4Linear", **changed: Any) -> onnx.ModelProto:
     attributes = {"N": len(matrix.scales), "K": COLUMNS} | changed
-    node = helper.make_node(op, ["x", "records"], ["y"], domain=DOMAIN, **attributes)
+    node = helper.make_node(op, ["x", "records"], ["y"], domain=INT4_DOMAIN, **attributes)
     return model_of(node, initializers={"records": records_of(matrix)}, x_shape=x_shape)
 
 
@@ -86,7 +87,7 @@ def test_gate_up_is_silu_of_one_times_the_other(x: Array) -> None:
     rng = np.random.default_rng(4)
     gate, up = (random_matrix(rng, OUTPUTS, COLUMNS, GROUP) for _ in range(2))
     records = interleaved(gate, up).reshape(6, 3, -1)
-    node = helper.make_node("Int4GateUp", ["x", "records"], ["y"], domain=DOMAIN, N=OUTPUTS, K=COLUMNS)
+    node = helper.make_node("Int4GateUp", ["x", "records"], ["y"], domain=INT4_DOMAIN, N=OUTPUTS, K=COLUMNS)
     opened = session(model_of(node, initializers={"records": records}, x_shape=["rows", COLUMNS]))
     assert opened.get_outputs()[0].shape == ["rows", OUTPUTS]
     (y,) = opened.run(None, {"x": x})
@@ -195,14 +196,14 @@ def test_more_dimensions_than_any_tensor_needs_are_refused(matrix: Matrix) -> No
 
 
 def test_a_missing_attribute_is_refused(matrix: Matrix) -> None:
-    node = helper.make_node("Int4Linear", ["x", "records"], ["y"], domain=DOMAIN, K=COLUMNS)
+    node = helper.make_node("Int4Linear", ["x", "records"], ["y"], domain=INT4_DOMAIN, K=COLUMNS)
     model = model_of(node, initializers={"records": records_of(matrix)}, x_shape=["rows", COLUMNS])
     with pytest.raises(RuntimeException, match="No attribute with name:'N'"):
         session(model)
 
 
 def test_records_must_be_constant(matrix: Matrix) -> None:
-    node = helper.make_node("Int4Linear", ["x", "records"], ["y"], domain=DOMAIN, N=OUTPUTS, K=COLUMNS)
+    node = helper.make_node("Int4Linear", ["x", "records"], ["y"], domain=INT4_DOMAIN, N=OUTPUTS, K=COLUMNS)
     given = helper.make_tensor_value_info("records", onnx.TensorProto.UINT8, [3, 3, 2112])
     with pytest.raises(RuntimeException, match="expected an initializer that nothing overrides"):
         session(model_of(node, initializers={}, x_shape=["rows", COLUMNS], inputs=[given]))

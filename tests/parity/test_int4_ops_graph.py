@@ -17,11 +17,11 @@ from onnx import TensorProto
 from biomedgpt_edge import Engine, Molecule, _native
 from biomedgpt_edge.decoder.onnx import OnnxState
 from biomedgpt_edge.engine import DEMO_BUNDLE
-from biomedgpt_edge.int4_ops import DOMAIN, register_int4_ops
-from biomedgpt_edge.onnx_header import read_header
+from biomedgpt_edge.int4_ops import register_int4_ops
+from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
 from biomedgpt_export.errors import ModelConfigError
 from biomedgpt_export.graphs.builder import CONTRIB, PAGE, GraphBuilder
-from biomedgpt_export.graphs.int4_ops import Replaced, write_with_int4_ops
+from biomedgpt_export.graphs.int4_ops import Replaced, write_portable, write_with_int4_ops
 from biomedgpt_export.graphs.linear import ACCURACY_LEVELS, Linears
 from biomedgpt_export.graphs.matrices import HEAD
 from biomedgpt_export.graphs.stored import StoredWeights
@@ -83,8 +83,8 @@ def test_records_begin_on_pages_and_nothing_is_stored_twice(demo: tuple[Path, Re
 def test_records_hold_the_bits_of_the_bundle(demo: tuple[Path, Replaced]) -> None:
     mine, theirs = StoredWeights(demo[0]), StoredWeights(DECODER)
     qkv = theirs.int4("layers.0.qkv_proj")
-    assert_holds(mine.array("layers.0.qkv_proj.product.records"), qkv)
-    both = mine.array("layers.3.gated.records")
+    assert_holds(mine.array("layers.0.qkv_proj.records"), qkv)
+    both = mine.array("layers.3.gate_proj+layers.3.up_proj.records")
     for part, name in enumerate(("gate", "up")):
         assert_holds(both[part::2], theirs.int4(f"layers.3.{name}_proj"))
 
@@ -207,7 +207,7 @@ def test_biases_and_a_head_of_eight_bits_stay_as_they_are(tmp_path: Path) -> Non
 
     path = written(tmp_path / "graph.onnx", add)
     assert write_with_int4_ops(path, tmp_path / "own.onnx") == Replaced(linear=1, gate_up=0, kept=1)
-    assert {(DOMAIN, "Int4Linear"), (CONTRIB, "MatMulNBits"), ("", "Add")} <= read_header(
+    assert {(INT4_DOMAIN, "Int4Linear"), (CONTRIB, "MatMulNBits"), ("", "Add")} <= read_header(
         tmp_path / "own.onnx"
     ).operators
     assert_same_results(path, tmp_path / "own.onnx")
@@ -255,6 +255,26 @@ def test_a_gate_and_an_up_projection_become_one_operator(tmp_path: Path) -> None
     path = written(tmp_path / "graph.onnx", gated)
     assert write_with_int4_ops(path, tmp_path / "own.onnx") == Replaced(linear=0, gate_up=1, kept=0)
     assert_same_results(path, tmp_path / "own.onnx")
+
+
+def test_a_graph_that_is_turned_back_holds_the_matrices_and_gives_the_results_that_it_had(tmp_path: Path) -> None:
+    def add(graph: GraphBuilder, source: str) -> str:
+        linears = Linears("int4", RoundToNearest(), activations="int8", lm_head="int8")
+        widened = linears.emit(graph, gated(graph, source), "wide", torch.eye(COLUMNS, ROWS), torch.ones(COLUMNS))
+        return linears.emit(graph, widened, HEAD, matrix(2))
+
+    path = written(tmp_path / "graph.onnx", add)
+    write_with_int4_ops(path, tmp_path / "own.onnx")
+    write_portable(tmp_path / "own.onnx", tmp_path / "back.onnx")
+    graphs = [StoredWeights(tmp_path / f"{name}.onnx") for name in ("graph", "own", "back")]
+    for name in ("gate", "up", "wide"):
+        first, *others = (stored.int4(name) for stored in graphs)
+        assert all(first.same_as(other) for other in others), name
+        rows = slice(3, 33)
+        assert graphs[0].int4(name, rows).same_as(graphs[1].int4(name, rows))
+    x = np.random.default_rng(0).standard_normal((5, COLUMNS)).astype(np.float32)
+    before, after = (session_of(one).run(None, {"x": x})[0] for one in (path, tmp_path / "back.onnx"))
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize("changed", [{"alpha": 1.702}, {"gate_again": True}, {"up_source": "other"}])

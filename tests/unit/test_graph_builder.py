@@ -11,8 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from biomedgpt_edge.int4_ops import DOMAIN
-from biomedgpt_edge.onnx_header import read_header
+from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
 from biomedgpt_export.graphs.builder import CONTRIB, INLINE_BYTES, LINE, PAGE, GraphBuilder
 from biomedgpt_export.graphs.linear import Linears
 from biomedgpt_export.graphs.stored import StoredWeights
@@ -73,13 +72,13 @@ def test_a_tensor_that_is_to_be_mapped_lies_outside_on_a_page_however_small(tmp_
     assert {tensor.name: tensor.offset for tensor in read_header(graph.path).tensors} == {"before": 0, "mapped": PAGE}
 
 
-@pytest.mark.parametrize("domain", [CONTRIB, DOMAIN])
+@pytest.mark.parametrize("domain", [CONTRIB, INT4_DOMAIN])
 def test_our_own_operators_are_imported_only_where_they_are_used(tmp_path: Path, domain: str) -> None:
     graph = GraphBuilder(tmp_path / "graph.onnx")
     graph.node("Any", ["x"], "y", domain=domain)
     graph.save()
     opsets = onnx.load(str(graph.path)).opset_import
-    assert [opset.domain for opset in opsets] == (["", CONTRIB] if domain == CONTRIB else ["", CONTRIB, DOMAIN])
+    assert [opset.domain for opset in opsets] == (["", CONTRIB] if domain == CONTRIB else ["", CONTRIB, INT4_DOMAIN])
 
 
 def test_the_same_graph_is_always_the_same_bytes(tmp_path: Path) -> None:

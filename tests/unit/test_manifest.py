@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from biomedgpt_edge.errors import BundleError, BundleVersionError, ManifestError
 from biomedgpt_edge.manifest import (
     MAX_MANIFEST_BYTES,
+    PORTABLE,
+    RECORDS,
     DecoderSpec,
     FileEntry,
     Manifest,
@@ -92,13 +94,13 @@ def test_a_manifest_that_cannot_be_written_as_json_is_not_written() -> None:
 
 def test_a_manifest_from_the_future_asks_for_an_update() -> None:
     with pytest.raises(BundleVersionError, match="Update biomedgpt-edge") as caught:
-        parse_manifest(changed("schema_version", 2))
-    assert (caught.value.seen, caught.value.limit) == (2, 1)
+        parse_manifest(changed("schema_version", 3))
+    assert (caught.value.seen, caught.value.limit) == (3, 2)
 
 
 def test_the_version_is_looked_at_before_fields_that_another_version_may_have() -> None:
     fields = raw()
-    fields["schema_version"] = 2
+    fields["schema_version"] = 3
     fields["later"] = True
     del fields["policy"]
     with pytest.raises(BundleVersionError):
@@ -115,6 +117,43 @@ def test_a_version_that_is_no_positive_number_is_refused(version: object) -> Non
 def test_other_json_is_not_a_manifest(text: str) -> None:
     with pytest.raises(ManifestError, match="not a biomedgpt-edge manifest"):
         parse_manifest(text)
+
+
+# --- layout of the decoder --------------------------------------------------------------------------------------------
+
+IN_RECORDS = dataclasses.replace(MANIFEST, decoder=dataclasses.replace(MANIFEST.decoder, layout=RECORDS))
+
+
+def test_a_portable_bundle_is_written_as_older_runtimes_read_it() -> None:
+    assert raw()["schema_version"] == 1
+    assert "layout" not in raw()["decoder"]
+    assert parse_manifest(MANIFEST.to_json()).decoder.layout == PORTABLE
+
+
+def test_a_bundle_in_records_has_a_version_that_older_runtimes_refuse() -> None:
+    fields = json.loads(IN_RECORDS.to_json())
+    assert (fields["schema_version"], fields["decoder"]["layout"]) == (2, "records-1")
+    assert parse_manifest(IN_RECORDS.to_json()) == IN_RECORDS
+
+
+@pytest.mark.parametrize("layout", ["records-2", "records", "", "RECORDS-1", "x" * 10_000])
+def test_a_layout_that_is_not_known_is_refused_by_name(layout: str) -> None:
+    with pytest.raises(BundleVersionError, match=rf"layout '{layout[:60]}'.* or export .*--decoder-layout") as caught:
+        parse_manifest(IN_RECORDS.to_json().replace('"records-1"', f'"{layout}"'))
+    assert (caught.value.seen, caught.value.limit) == (layout[:60], "portable, records-1")
+
+
+@pytest.mark.parametrize("layout", ["1", "null", "[]", "true"])
+def test_a_layout_that_is_no_text_is_refused(layout: str) -> None:
+    with pytest.raises(ManifestError, match=r"'manifest\.decoder\.layout'.* should be of type str"):
+        parse_manifest(IN_RECORDS.to_json().replace('"records-1"', layout))
+
+
+def test_a_layout_is_known_to_version_2_alone_and_needed_there() -> None:
+    with pytest.raises(ManifestError, match="unknown layout"):
+        parse_manifest(changed("decoder.layout", RECORDS))
+    with pytest.raises(ManifestError, match="lacks layout"):
+        parse_manifest(changed("schema_version", 2))
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from biomedgpt_edge.int4_ops import DOMAIN as INT4_DOMAIN
 from biomedgpt_edge.int4_ops import OPSET as INT4_OPSET
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
 
 CONTRIB = "com.microsoft"
 OPSET = 20

@@ -1,27 +1,28 @@
-"""A graph whose int4 products are the operators of csrc/ort instead of MatMulNBits: the same matrices, as records."""
+"""Graphs whose int4 products are the operators of csrc/ort instead of MatMulNBits, and back: the same matrices."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
-from biomedgpt_edge import _native
-from biomedgpt_edge.int4_ops import DOMAIN
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
 
 from ..errors import ModelConfigError
 from ..quantize.int4 import GROUP_SIZES
 from .builder import CONTRIB, GraphBuilder
-from .linear import ACCURACY_LEVELS
+from .linear import ACCURACY_LEVELS, Activations, add_int4_product
+from .records import matrix_names, packed, records_name
 from .stored import StoredWeights
 
 _VALUES = ".weight_int4"
+# With which the operators compute.
+_ACTIVATIONS: Activations = "int8"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def write_with_int4_ops(source: Path, target: Path) -> Replaced:
     """Writes the graph ``source`` of an int4 bundle to ``target``, its weights beside it, with our own operators.
 
     The input ``records`` of an operator is uint8 ``[panels, groups, bytes of a record]``, see csrc/int4/int4.h, and
-    begins on a page of the file. Sessions need :func:`biomedgpt_edge.int4_ops.register_int4_ops`.
+    begins on a page of the file; its name is made of those of its matrices. Sessions need
+    :func:`biomedgpt_edge.int4_ops.register_int4_ops`.
 
     Raises:
         ModelConfigError: the operators compute no product of this graph; nothing was written.
@@ -77,7 +79,7 @@ def write_with_int4_ops(source: Path, target: Path) -> Replaced:
             f"{source.name} has no int4 product with zero point 8, int8 activations and groups of "
             f"{', '.join(map(str, GROUP_SIZES))}.",
             seen=source.name,
-            remedy="Export it with --precision int4, and without weights that have zero points of their own.",
+            remedy="Use --decoder-layout portable, or weights without zero points of their own.",
         )
     gate_ups = list(_gate_ups(model, ours))
     gone = {name for operator in gate_ups for name in operator.inside}
@@ -103,7 +105,7 @@ def _is_ours(product: onnx.NodeProto) -> bool:
         and attributes.keys() == {"K", "N", "bits", "block_size", "accuracy_level"}
         and attributes["bits"] == 4
         and attributes["block_size"] in GROUP_SIZES
-        and attributes["accuracy_level"] == ACCURACY_LEVELS["int8"]
+        and attributes["accuracy_level"] == ACCURACY_LEVELS[_ACTIVATIONS]
     )
 
 
@@ -147,27 +149,56 @@ def _write(
         if operator is not None:
             _add_operator(graph, operator, stored)
         elif node.output[0] not in gone and (node.op_type != "Cast" or node.output[0] in needed):
-            for name in node.input:
-                if name in weights:
-                    graph.tensor(name, stored.array(name))
-            graph.adopt_node(node)
+            _adopt(graph, node, weights, stored)
     graph.save()
 
 
 def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeights) -> None:
     first = operator.products[0]
-    parts = [_records(stored, product) for product in operator.products]
+    names = [product.input[1].removesuffix(_VALUES) for product in operator.products]
+    parts = [packed(stored.int4(name)) for name in names]
     by_turns = parts[0] if len(parts) == 1 else np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-    records = graph.tensor(f"{operator.output}.records", by_turns, mapped=True)
+    records = graph.tensor(records_name(names), by_turns, mapped=True)
     widths = {name: value for name, value in _attributes(first).items() if name in ("K", "N")}
-    graph.node(operator.name, [first.input[0], records], operator.output, domain=DOMAIN, **widths)
+    graph.node(operator.name, [first.input[0], records], operator.output, domain=INT4_DOMAIN, **widths)
 
 
-def _records(stored: StoredWeights, product: onnx.NodeProto) -> npt.NDArray[np.uint8]:
-    weight = stored.int4(product.input[1].removesuffix(_VALUES))
-    shape = _native.int4_records_shape(len(weight.packed), weight.columns, weight.group_size)
-    records = np.empty(shape, np.uint8)
-    _native.int4_pack(
-        records.reshape(len(records), -1), weight.packed.flatten(1).numpy(), weight.scales.numpy(), weight.group_size
-    )
-    return records
+def write_portable(source: Path, target: Path) -> None:
+    """The inverse of :func:`write_with_int4_ops`: the same matrices, bit for bit, with MatMulNBits.
+
+    Raises:
+        FileExistsError: there are weights beside ``target`` already.
+    """
+    stored = StoredWeights(source)
+    model = onnx.load(str(source), load_external_data=False).graph
+    weights = {tensor.name for tensor in model.initializer}
+    graph = GraphBuilder(target)
+    try:
+        graph.adopt_signature(model)
+        for node in model.node:
+            if node.domain == INT4_DOMAIN:
+                _add_products(graph, node, stored)
+            else:
+                _adopt(graph, node, weights, stored)
+        graph.save()
+    finally:
+        graph.close()
+
+
+def _adopt(graph: GraphBuilder, node: onnx.NodeProto, weights: Collection[str], stored: StoredWeights) -> None:
+    """Adds a node of another graph and those of ``weights`` that it reads."""
+    for name in node.input:
+        if name in weights:
+            graph.tensor(name, stored.array(name))
+    graph.adopt_node(node)
+
+
+def _add_products(graph: GraphBuilder, node: onnx.NodeProto, stored: StoredWeights) -> None:
+    output, names = node.output[0], matrix_names(node.input[1])
+    products = [add_int4_product(graph, node.input[0], name, stored.int4(name), _ACTIVATIONS) for name in names]
+    if len(products) == 1:
+        graph.rename_outputs(products[0], [output])
+        return
+    gate, up = products
+    silu = graph.node("QuickGelu", [gate], f"{output}.silu", domain=CONTRIB, alpha=1.0)
+    graph.node("Mul", [silu, up], output)

@@ -95,11 +95,7 @@ class Linears:
         if quantized.order is not None:
             order = graph.tensor(f"{name}.order", quantized.order.numpy())
             source = graph.node("Gather", [source, order], f"{name}.reordered", axis=-1)
-        packed = graph.tensor(f"{name}.weight_int4", quantized.packed.numpy())
-        inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
-        if quantized.zero_points is not None:
-            inputs.append(graph.tensor(f"{name}.zero_points", quantized.zero_points.flatten().numpy()))
-        return self._product_in_groups(graph, name, quantized, inputs)
+        return add_int4_product(graph, source, name, quantized, self.activations)
 
     def _emit_int8_groups(self, graph: GraphBuilder, source: str, name: str, weight: torch.Tensor) -> str:
         quantized = nearest_int8_groups(weight)
@@ -108,22 +104,7 @@ class Linears:
             self.padded.append(name)
         packed = graph.tensor(f"{name}.weight_int8", quantized.packed.numpy())
         inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
-        return self._product_in_groups(graph, name, quantized, inputs)
-
-    def _product_in_groups(
-        self, graph: GraphBuilder, name: str, quantized: Int4Weight | Int8GroupWeight, inputs: list[str]
-    ) -> str:
-        return graph.node(
-            "MatMulNBits",
-            inputs,
-            f"{name}.product",
-            domain=CONTRIB,
-            K=quantized.columns,
-            N=len(quantized.packed),
-            bits=quantized.bits,
-            block_size=quantized.group_size,
-            accuracy_level=ACCURACY_LEVELS[self.activations],
-        )
+        return _product_in_groups(graph, name, quantized, inputs, self.activations)
 
     def _count(self, name: str, quantized: Int4Weight) -> None:
         weights = quantized.packed.shape[0] * quantized.columns
@@ -132,6 +113,37 @@ class Linears:
             self.padded.append(name)
         if quantized.zero_points is not None:
             self.asymmetric.append(name)
+
+
+def add_int4_product(
+    graph: GraphBuilder, source: str, name: str, quantized: Int4Weight, activations: Activations
+) -> str:
+    """Adds the product of ``source``, whose columns are in the order of the stored ones; returns the output's name."""
+    packed = graph.tensor(f"{name}.weight_int4", quantized.packed.numpy())
+    inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
+    if quantized.zero_points is not None:
+        inputs.append(graph.tensor(f"{name}.zero_points", quantized.zero_points.flatten().numpy()))
+    return _product_in_groups(graph, name, quantized, inputs, activations)
+
+
+def _product_in_groups(
+    graph: GraphBuilder,
+    name: str,
+    quantized: Int4Weight | Int8GroupWeight,
+    inputs: list[str],
+    activations: Activations,
+) -> str:
+    return graph.node(
+        "MatMulNBits",
+        inputs,
+        f"{name}.product",
+        domain=CONTRIB,
+        K=quantized.columns,
+        N=len(quantized.packed),
+        bits=quantized.bits,
+        block_size=quantized.group_size,
+        accuracy_level=ACCURACY_LEVELS[activations],
+    )
 
 
 def _scales_in_groups(graph: GraphBuilder, name: str, quantized: Int4Weight | Int8GroupWeight) -> str:

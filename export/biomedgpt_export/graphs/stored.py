@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,24 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
+
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
 from ..quantize.int8_groups import Int8GroupWeight
+from .records import matrix_names, unpacked
 
 ALL_ROWS = slice(None)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The matrix [N, K] whose panels are the ``turn``-th of several in a tensor."""
+
+    records: str
+    turn: int
+    N: int
+    K: int
 
 
 class StoredWeights:
@@ -28,6 +42,12 @@ class StoredWeights:
             node.input[1]: {attribute.name: attribute.i for attribute in node.attribute}
             for node in model.graph.node
             if node.op_type == "MatMulNBits"
+        }
+        self._in_records = {
+            name: _Place(node.input[1], turn, **{attribute.name: attribute.i for attribute in node.attribute})
+            for node in model.graph.node
+            if node.domain == INT4_DOMAIN
+            for turn, name in enumerate(matrix_names(node.input[1]))
         }
 
     def linear(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
@@ -44,11 +64,14 @@ class StoredWeights:
 
     def int4(self, name: str, rows: slice = ALL_ROWS) -> Int4Weight:
         """These rows of the linear layer ``name``, which is stored in int4."""
+        order = torch.from_numpy(self.array(f"{name}.order").copy()) if f"{name}.order" in self._tensors else None
+        if name in self._in_records:
+            whole = self._unpacked(self._in_records[name])
+            return replace(whole, packed=whole.packed[rows], scales=whole.scales[rows], order=order)
         packed, scales, columns, group_size = self._groups(f"{name}.weight_int4", name, rows)
         zero_points, count = None, self._in_groups[f"{name}.weight_int4"]["N"]
         if f"{name}.zero_points" in self._tensors:
             zero_points = self._by_row(f"{name}.zero_points", count, rows)
-        order = torch.from_numpy(self.array(f"{name}.order").copy()) if f"{name}.order" in self._tensors else None
         return Int4Weight(packed, scales, columns, group_size, zero_points, order)
 
     def int8(self, name: str) -> bool:
@@ -66,6 +89,9 @@ class StoredWeights:
         path, offset = self._folder / place["location"], int(place["offset"])
         mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
         return mapped
+
+    def _unpacked(self, place: _Place) -> Int4Weight:
+        return unpacked(self.array(place.records)[place.turn :: len(matrix_names(place.records))], place.N, place.K)
 
     def _quantized(self, name: str, rows: slice) -> Int4Weight | Int8Weight | Int8GroupWeight:
         if not self.int8(name):

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +67,7 @@ def _machine() -> list[Finding]:
         Finding("machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         Finding("processor", f"{threads} threads; {' '.join(features) or 'no known vector extensions'}"),
         Finding("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"),
-        Finding("kernels", f"splice: {', '.join(_native.splice_paths())}"),
+        Finding("kernels", f"splice: {', '.join(_native.splice_paths())}; int4: {', '.join(_native.int4_paths())}"),
     ]
 
 
@@ -105,7 +105,7 @@ def _bundle_and_cache(path: str | None) -> list[Finding]:
         from ..engine import DEMO_BUNDLE
     except ImportError as error:
         return [Finding("bundle", f"not looked at: {error}", ok=False, remedy="Install what is missing above.")]
-    return [_storage(cache_folder), _bundle(Bundle.open, path or str(DEMO_BUNDLE))]
+    return [_storage(cache_folder), *_bundle(Bundle.open, path or str(DEMO_BUNDLE))]
 
 
 def _storage(cache_folder: Callable[[], Path]) -> Finding:
@@ -123,12 +123,29 @@ def _storage(cache_folder: Callable[[], Path]) -> Finding:
     )
 
 
-def _bundle(open_bundle: Callable[[str], Bundle], path: str) -> Finding:
+def _bundle(open_bundle: Callable[[str], Bundle], path: str) -> Iterator[Finding]:
     try:
         bundle = open_bundle(path)
         bundle.verify()
     except BundleError as error:
-        return Finding("bundle", f"{path}: {error.message}", ok=False, remedy=error.remedy)
+        yield Finding("bundle", f"{path}: {error.message}", ok=False, remedy=error.remedy)
+        return
     manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files)
-    return Finding("bundle", f"{manifest.name}, {manifest.precision}, {size / 1e6:.1f} MB, every hash matches")
+    yield Finding("bundle", f"{manifest.name}, {manifest.precision}, {size / 1e6:.1f} MB, every hash matches")
+    yield from _int4_ops(manifest.decoder.layout)
+
+
+def _int4_ops(layout: str) -> Iterator[Finding]:
+    """What a decoder in records cannot do without."""
+    from ..int4_ops import check_int4_ops
+    from ..manifest import RECORDS
+
+    if layout != RECORDS:
+        return
+    try:
+        check_int4_ops()
+    except PlatformError as error:
+        yield Finding("int4 operators", error.message, ok=False, remedy=error.remedy)
+    else:
+        yield Finding("int4 operators", f"{_native.int4_paths()[0]}; their self-test passed")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from .. import _native
 from ..bundle import Bundle
 from ..engine import DEMO_BUNDLE
-from ..manifest import Manifest
+from ..manifest import RECORDS, Manifest
 from .output import policy_lines, printable
 
 
@@ -37,6 +38,7 @@ def _lines(bundle: Bundle) -> list[str]:
         f"decoder     {decoder.layers} layers, hidden {decoder.hidden_size}, {decoder.heads} heads "
         f"({decoder.kv_heads} KV), FFN {decoder.intermediate_size}, vocabulary {decoder.vocabulary}, "
         f"context {decoder.context}",
+        f"layout      {decoder.layout}{_path(decoder.layout)}",
         *_encoder_lines(manifest),
         f"made from   {', '.join(f'{s.path} ({_size(s.size)}, {s.sha256[:12]}…)' for s in manifest.sources)}",
         "",
@@ -51,6 +53,11 @@ def _lines(bundle: Bundle) -> list[str]:
         if facts:
             lines += ["", title, *_facts(facts, "  ")]
     return lines
+
+
+def _path(layout: str) -> str:
+    """What computes a decoder of this layout, where that is more than ONNX Runtime."""
+    return f", on this machine computed with {_native.int4_paths()[0]}" if layout == RECORDS else ""
 
 
 def _encoder_lines(manifest: Manifest) -> list[str]:

@@ -18,7 +18,8 @@ import onnxruntime as ort
 
 from ..bundle import Bundle
 from ..errors import ClosedError, KernelArgumentError, PlatformError
-from ..manifest import DecoderSpec
+from ..int4_ops import register_int4_ops
+from ..manifest import RECORDS, DecoderSpec
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, KeyValues, Logits
@@ -40,13 +41,20 @@ class OnnxDecoder:
 
     Raises:
         BundleCorruptError: the graph cannot be loaded or does not fit the manifest.
+        PlatformError: it lies in records, and the operators for these cannot be used here.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
         self.spec = bundle.manifest.decoder
         self.table = bundle.embeddings
         inputs, outputs = _signature(self.spec)
-        self.session = open_session(bundle.file(self.spec.graph), threads=threads, inputs=inputs, outputs=outputs)
+        self.session = open_session(
+            bundle.file(self.spec.graph),
+            threads=threads,
+            inputs=inputs,
+            outputs=outputs,
+            register=register_int4_ops if self.spec.layout == RECORDS else None,
+        )
         self.identity = identity(threads)
 
     @property
