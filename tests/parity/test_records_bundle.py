@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein, _native, int4_ops
+from biomedgpt_edge.bench.work import prefill_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_edge.engine import DEMO_BUNDLE, PreparedPrompt
@@ -65,6 +66,11 @@ def engines(records: Path) -> Iterator[dict[str, Engine]]:
         Engine.load(records, threads=2) as two,
     ):
         yield {"portable": shipped, "records": one, "records, 2 threads": two}
+
+
+def test_the_benchmark_holds_them_against_int8_arithmetic_too(records: Path) -> None:
+    one, other = (prefill_work(Bundle.open(path), 8) for path in (records, DEMO_BUNDLE))
+    assert (one.kind, one.operations) == (other.kind, other.operations)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ from pathlib import PurePosixPath
 from ..bundle import Bundle
 from ..decoder.onnx import KV_DTYPE
 from ..manifest import DecoderSpec, ProteinEncoderSpec
-from ..onnx_header import read_header
+from ..onnx_header import INT4_MATRICES, read_header
 
-_QUANTIZED_PRODUCTS = frozenset(("com.microsoft", name) for name in ("DynamicQuantizeMatMul", "MatMulNBits"))
+_QUANTIZED_PRODUCTS = INT4_MATRICES.keys() | {
+    ("com.microsoft", "DynamicQuantizeMatMul"),
+    ("com.microsoft", "MatMulNBits"),
+}
 
 
 @dataclass(frozen=True)
