@@ -10,7 +10,7 @@ from .errors import MemoryLimitError, OptionError
 from .generate import PREFILL_CHUNK
 from .soft_tokens import CACHE_BYTES
 
-# Interpreter, libraries and working memory: a whole process with the demo, whose bundle has 9 MB, peaks at 112 MiB.
+# Interpreter, libraries and working memory: a whole process with the demo, whose bundle has 9 MB, peaks at 116 MiB.
 RUNTIME_BYTES = 128 * 2**20
 # The standard question about a small molecule and a few sentences of answer.
 LEAST_POSITIONS = 160
