@@ -25,7 +25,7 @@ from .options import ExportOptions
 from .plan import Part, Plan, plan
 from .quantize import int8_groups
 from .quantize.imported import ImportedWeights
-from .quantize.int4 import group_size_for
+from .quantize.int4 import chosen_group_size
 from .quantize.rtn import RoundToNearest
 from .streamed_model import DECODER_PART, PROTEIN_PART
 
@@ -75,6 +75,12 @@ class Choices:
             )
         self._check_head()
         self._require_all_used()
+        if options.group_size is not None and not self._quantized_here:
+            raise ExportError(
+                f"groups of {options.group_size} were asked for, and no part is to be quantized to int4.",
+                seen=options.group_size,
+                remedy="Leave out --group-size.",
+            )
         if options.quantizer is not None and not self._quantized_here:
             why = "the checkpoint is quantized" if imported else "no part is to be stored in int4"
             raise ExportError(
@@ -222,23 +228,39 @@ class Choices:
         if self.imported is not None:
             # In records, but for the last rows and columns of a matrix, they take the same.
             return self.imported.stored_bytes
-        return _in_records if self.options.decoder_layout == "records" else None
+        return self._in_records if self.options.decoder_layout == "records" else None
+
+    def _in_records(self, name: str, rows: int, columns: int) -> int:
+        return records_bytes(rows, columns, chosen_group_size(name, columns, self.options.group_size))
 
     def plan(self) -> Plan:
         """Sizes of what the options make of the checkpoint.
 
         Raises:
             CheckpointError: it is quantized in groups that a bundle cannot hold.
+            QuantizationError: a group size was asked for that a matrix cannot have.
         """
         options, configs = self.options, self.source.configs
         llama, esm, gin = configs.llama, configs.esm, configs.gin
         decoder = llama_matrices(llama)
         head = [decoder.pop(HEAD)] if self.lm_head == "int8" else []
-        parts = [Part(DECODER_PART, decoder.values(), LLM, options.precision, self._stored_bytes)]
+        parts = [
+            Part(
+                DECODER_PART,
+                decoder.values(),
+                LLM,
+                options.precision,
+                self._stored_bytes,
+                group_size=options.group_size,
+            )
+        ]
         if head:
             parts.append(Part(HEAD, head, LLM, "int8", int8_groups.stored_bytes))
         if esm is not None:
-            parts.append(Part(PROTEIN_PART, esm_matrices(esm).values(), PROTEIN, options.protein_precision))
+            matrices = esm_matrices(esm).values()
+            parts.append(
+                Part(PROTEIN_PART, matrices, PROTEIN, options.protein_precision, group_size=options.group_size)
+            )
         value = 4 if options.precision == "fp32" else 2
         widths = (0 if gin is None else gin.width) + (0 if esm is None else esm.hidden_size)
         tensors = {
@@ -268,7 +290,3 @@ class Choices:
             checkpoint=checkpoint,
             bundle=planned.bundle,
         ).estimate()
-
-
-def _in_records(name: str, rows: int, columns: int) -> int:
-    return records_bytes(rows, columns, group_size_for(columns))

@@ -22,6 +22,7 @@ from .graphs.linear import GRAPH_PRECISIONS, HEAD_PRECISIONS, PRECISIONS
 from .memory import available_memory
 from .options import DECODER_LAYOUTS, PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, read_about
 from .proof import BundleSide, compared, table
+from .quantize.int4 import GROUP_SIZES
 from .relayout import relayout
 from .synthesize import SCALES, synthesize
 
@@ -92,6 +93,12 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-head", choices=HEAD_PRECISIONS, help="of the LM head beside a decoder in int4 (default: int4)"
     )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        help="columns that share a scale in int4 (default: for each matrix the largest that divides its width)",
+    )
     parser.add_argument("--decoder-layout", choices=DECODER_LAYOUTS, default="portable", help=_LAYOUT_HELP)
     parser.add_argument(
         "--quantizer", choices=QUANTIZERS, help="how int4 values are chosen that the checkpoint lacks (default: gptq)"
@@ -150,6 +157,7 @@ def _run_bundle(options: argparse.Namespace) -> None:
         protein_encoder=options.protein_encoder,
         embeddings=options.embeddings,
         lm_head=options.lm_head,
+        group_size=options.group_size,
         decoder_layout=options.decoder_layout,
         quantizer=options.quantizer,
         calibration=options.calibration,

@@ -211,7 +211,7 @@ class _Export:
         questions = self.choices.calibration
         if questions is None or not self.choices.gptq_parts:
             return None
-        gptq = GptqOptions()
+        gptq = GptqOptions(group_size=self.options.group_size)
         plan = {
             "calibration": questions.sha256,
             "device": describe(self.choices.device),
@@ -303,7 +303,7 @@ class _Export:
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
         if journal is None or part not in self.choices.gptq_parts:
-            return RoundToNearest()
+            return RoundToNearest(self.options.group_size)
         return JournalQuantizer(journal, part)
 
     def manifest(

@@ -48,6 +48,7 @@ class ExportOptions:
         lm_head: precision of the LM head of int4 bundles, where it is another one; int8 is rounded to nearest.
         decoder_layout: ``records`` has the decoder's int4 matrices as our own operators read them, which need no
             repacking when a bundle is loaded; ``portable`` has them for ONNX Runtime's.
+        group_size: of the matrices that are quantized to int4; left out, for each the largest that divides its width.
         name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
         policy: the model's terms; left out, the family's.
@@ -66,6 +67,7 @@ class ExportOptions:
     protein_encoder: GraphPrecision | None = None
     embeddings: TablePrecision = "fp16"
     lm_head: HeadPrecision | None = None
+    group_size: int | None = None
     decoder_layout: DecoderLayout = "portable"
     name: str | None = None
     about: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from .checkpoint import Checkpoint
 from .errors import ExportError
 from .graphs.linear import GraphPrecision
 from .graphs.matrices import Matrix
-from .quantize.int4 import Int4Weight, group_bytes, group_size_for
+from .quantize.int4 import Int4Weight, chosen_group_size, group_bytes
 
 # Graph files, rotary tables, norms, biases, tokenizer and manifest: what is not counted one by one below.
 _REST = 32 * 2**20
@@ -22,6 +22,7 @@ class Part:
     """A part of the bundle: its linear layers, and how each is stored.
 
     Attributes:
+        group_size: of int4, where one was asked for.
         stored_bytes: of a layer by its name, rows and columns, where they are not those of its precision alone.
     """
 
@@ -30,6 +31,7 @@ class Part:
     prefix: str
     precision: GraphPrecision
     stored_bytes: Callable[[str, int, int], int] | None = None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def plan(parts: Iterable[Part], tensors: dict[str, int], checkpoint: Checkpoint,
     Args:
         tensors: bytes of what lies outside the graphs, by name.
         again: names of the parts whose matrices lie on disk once more until the bundle is whole, as often as they do.
+
+    Raises:
+        QuantizationError: a group size was asked for that a matrix cannot have.
     """
     sizes, work = {}, 0
     for part in parts:
@@ -93,7 +98,8 @@ def _bytes(matrix: Matrix, part: Part, checkpoint: Checkpoint) -> int:
     if part.stored_bytes is not None:
         return part.stored_bytes(matrix.name, rows, columns)
     if part.precision == "int4":
-        return group_bytes(rows, columns, group_size_for(columns), Int4Weight.bits)
+        size = chosen_group_size(matrix.name, columns, part.group_size)
+        return group_bytes(rows, columns, size, Int4Weight.bits)
     return rows * columns * {"fp32": 4, "fp16": 2, "int8": 1}[part.precision]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,20 @@ from biomedgpt_export import exporter
 from biomedgpt_export.calibration import PROOF
 from biomedgpt_export.cli import main
 from biomedgpt_export.device import CPU
-from biomedgpt_export.errors import CalibrationError, DeviceError, ExportError, JournalError, MemoryNeedError
+from biomedgpt_export.errors import (
+    CalibrationError,
+    DeviceError,
+    ExportError,
+    JournalError,
+    MemoryNeedError,
+    QuantizationError,
+)
 from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize import journal as journal_module
 from biomedgpt_export.relayout import relayout
+from biomedgpt_export.synthesize import SCALES, synthesize
 
 QUESTIONS = (
     {"question": "What is this?", "smiles": "CCO", "answer": "ethanol"},
@@ -191,3 +200,33 @@ def test_a_device_without_enough_memory_is_a_typed_error_that_names_what_is_done
     with pytest.raises(MemoryNeedError, match="the device cpu has too little memory") as caught:
         export(tiny_checkpoint, tmp_path / "bundle", calibration=questions, proof="none")
     assert str(tmp_path / ".bundle.gptq") in caught.value.remedy
+
+
+@pytest.mark.parametrize(("quantizer", "layout"), [("gptq", "portable"), ("rtn", "portable"), ("rtn", "records")])
+def test_one_group_size_for_all_matrices(
+    tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, quantizer: str, layout: str
+) -> None:
+    monkeypatch.setitem(SCALES, "tiny", replace(SCALES["tiny"], ffn=384))
+    synthesize(tmp_path / "release", scale="tiny", seed=0, report=lambda line: None)
+    options: dict[str, Any] = {"quantizer": quantizer, "decoder_layout": layout, "proof": "none"}
+    options |= {"calibration": questions} if quantizer == "gptq" else {}
+    export(tmp_path / "release", tmp_path / "bundle", group_size=32, **options)
+    recipes = Bundle.open(tmp_path / "bundle").manifest.quantization
+    for graph in ("decoder.onnx", "protein_encoder.onnx"):
+        assert recipes[graph]["weights_by_group_size"].keys() == {"32"}
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_a_group_size_that_does_not_divide_is_refused_before_anything_is_done(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantizer: str
+) -> None:
+    monkeypatch.setattr(exporter, "quantize_model", lambda *arguments, **more: pytest.fail("work was begun"))
+    monkeypatch.setattr(exporter._Export, "write_tensors", lambda self: pytest.fail("something was written"))
+    with pytest.raises(QuantizationError, match=r"groups of 128 were asked for, and '.*' has \d+ columns"):
+        export(tiny_checkpoint, tmp_path / "bundle", group_size=128, quantizer=quantizer)
+    assert not list(tmp_path.glob("*bundle*"))
+
+
+def test_a_group_size_is_refused_where_nothing_is_quantized_to_int4(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="groups of 32 were asked for, and no part"):
+        export(tiny_checkpoint, tmp_path / "bundle", group_size=32, precision="fp16")

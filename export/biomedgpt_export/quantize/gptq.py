@@ -23,7 +23,7 @@ import torch
 from ..device import moved, returned
 from ..errors import CalibrationError, QuantizationError
 from ..finite import is_finite
-from .int4 import GROUP_SIZES, Int4Weight, group_size_for, grouped, nearest_levels, pack, widest_scales
+from .int4 import GROUP_SIZES, Int4Weight, chosen_group_size, grouped, nearest_levels, pack, widest_scales
 
 Order = Literal["group-aware", "none"]
 ORDERS: tuple[Order, ...] = ("group-aware", "none")
@@ -189,13 +189,14 @@ def gptq(weight: torch.Tensor, hessian: Hessian, options: GptqOptions = DEFAULTS
         key: what errors call the matrix; the Hessian's layer where it is not given.
 
     Raises:
-        QuantizationError: the matrix does not fit the Hessian or float16 scales, or holds NaN or infinity.
+        QuantizationError: the matrix does not fit the Hessian, the group size or float16 scales, or holds NaN or
+            infinity.
         CalibrationError: the Hessian has seen nothing but zeros, or is singular whatever the damping.
     """
     key = key or hessian.layer
     _check(key, weight, hessian)
     width = weight.shape[1]
-    group_size = options.group_size or group_size_for(width)
+    group_size = chosen_group_size(key, width, options.group_size)
     matrix, order = _ordered(hessian.mean, group_size, options.order)
     # Padding is a column whose activation is always zero.
     dead = matrix.diagonal() == 0

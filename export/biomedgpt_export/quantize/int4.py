@@ -15,6 +15,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from ..errors import QuantizationError
+
 GROUP_SIZES = (128, 64, 32)
 ZERO_POINT = 8
 QMIN, QMAX = -8, 7
@@ -80,6 +82,25 @@ class WeightQuantizer(Protocol):
 def group_size_for(columns: int) -> int:
     """128, or 64 or 32 where 128 does not divide ``columns``; where none does, 32 with zero padding."""
     return next((size for size in GROUP_SIZES if columns % size == 0), GROUP_SIZES[-1])
+
+
+def chosen_group_size(key: str, columns: int, asked: int | None) -> int:
+    """The size that was asked for, or else that of :func:`group_size_for`, of the matrix called ``key``.
+
+    Raises:
+        QuantizationError: one was asked for that is not to be had, or does not divide ``columns``.
+    """
+    if asked is None:
+        return group_size_for(columns)
+    if asked not in GROUP_SIZES or columns % asked:
+        fitting = [size for size in GROUP_SIZES if columns % size == 0]
+        raise QuantizationError(
+            f"groups of {asked} were asked for, and '{key}' has {columns} columns.",
+            seen=asked,
+            limit=", ".join(map(str, fitting)) or f"none of {', '.join(map(str, GROUP_SIZES))} divides {columns}",
+            remedy="Ask for a size that divides every width, or for none: each matrix then gets the largest that fits.",
+        )
+    return asked
 
 
 def group_bytes(rows: int, columns: int, group_size: int, bits: int) -> int:

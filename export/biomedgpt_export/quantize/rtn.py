@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .int4 import Int4Weight, group_size_for, grouped, nearest_levels, pack, widest_scales
+from .int4 import Int4Weight, chosen_group_size, grouped, nearest_levels, pack, widest_scales
 
 
 class RoundToNearest:
@@ -12,10 +12,14 @@ class RoundToNearest:
 
     name = "rtn"
 
+    def __init__(self, group_size: int | None = None) -> None:
+        """``group_size``: of every matrix; None takes for each the largest that divides its width."""
+        self._group_size = group_size
+
     def quantize(self, key: str, weight: torch.Tensor) -> Int4Weight:
         """See :class:`WeightQuantizer`."""
         columns = weight.shape[1]
-        group_size = group_size_for(columns)
+        group_size = chosen_group_size(key, columns, self._group_size)
         groups = grouped(weight, group_size)
         scales = widest_scales(groups)
         values = nearest_levels(groups, scales.unsqueeze(-1))
