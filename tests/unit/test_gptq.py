@@ -384,9 +384,9 @@ def test_columns_without_activation_are_stored_as_zero_and_influence_nothing(col
 
 
 def few_directions(columns: int) -> Hessian:
-    """A singular H: all activations lie in eight dimensions, and two columns are equal."""
+    """A singular H: all activations lie in four dimensions, and two columns are equal."""
     draw = generator(0)
-    values = torch.randn(500, 8, generator=draw) @ torch.randn(8, columns, generator=draw)
+    values = torch.randn(500, 4, generator=draw) @ torch.randn(4, columns, generator=draw)
     values[:, 1] = values[:, 0]
     return hessian_of(values)
 
