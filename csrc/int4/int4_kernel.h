@@ -18,14 +18,8 @@
 #include <cstring>
 
 #include "common/half.h"
+#include "common/unroll.h"
 #include "int4/int4_path.h"
-
-// Sums live in registers only if the loops over them are unrolled, and compilers give up beyond 16 rounds.
-#if defined(__clang__)
-#define BIOMEDGPT_UNROLL _Pragma("unroll")
-#else
-#define BIOMEDGPT_UNROLL _Pragma("GCC unroll 32")
-#endif
 
 namespace biomedgpt {
 namespace {
