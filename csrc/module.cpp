@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/attention.h"
 #include "common/cpu_features.h"
 #include "common/cuda_device.h"
 #include "common/error.h"
@@ -43,6 +44,10 @@ constexpr Expected kWeight{2, "float32 or float16 [hidden, in], contiguous"};
 constexpr Expected kWords{1, "int64 [words], contiguous"};
 constexpr Expected kBias{1, "float32 [hidden], contiguous"};
 
+constexpr Expected kQkv{2, "float32 [rows, (heads + 2 * kv_heads) * head_size], contiguous"};
+constexpr Expected kAttended{2, "float32 [rows, heads * head_size], contiguous and writeable"};
+constexpr Expected kKvCache{2, "uint8 [kv_heads, blocks * bytes of a block], contiguous and writeable"};
+constexpr Expected kRope{2, "float32 [positions, head_size / 2], contiguous"};
 constexpr Expected kInt4X{2, "float32 [rows, K], contiguous"};
 constexpr Expected kInt4Y{2, "float32 [rows, N], contiguous and writeable, with the rows of x"};
 constexpr Expected kInt4Records{2, "uint8 [panels, bytes of a panel], contiguous, and writeable where it is filled"};
@@ -274,12 +279,12 @@ void splice_cuda(const py::object&, const py::object&, const py::object&, const 
 
 #endif
 
-// An array of int4, of one type, contiguous and, where it is filled, writeable.
+// An array of one type, contiguous and, where it is filled, writeable.
 enum class Use { read, filled };
 
-class Int4Array {
+class TypedArray {
   public:
-    Int4Array(py::handle value, const char* name, const Expected& expected, DType dtype, Use use)
+    TypedArray(py::handle value, const char* name, const Expected& expected, DType dtype, Use use)
         : array_(value, {name}, expected, place_) {
         if (array_.dtype() != dtype) array_.refuse();
         if (!array_.contiguous()) array_.refuse(", not contiguous");
@@ -312,7 +317,7 @@ py::tuple int4_records_shape(const py::object& rows, const py::object& columns, 
 }
 
 // What MatMulNBits' arrays say about the matrix they hold; columns of padding count.
-biomedgpt::Int4Shape int4_shape_of(const Int4Array& values, const Int4Array& scales, py::handle group) {
+biomedgpt::Int4Shape int4_shape_of(const TypedArray& values, const TypedArray& scales, py::handle group) {
     const int64_t size = int_of(group, {"group"});
     const biomedgpt::Int4Shape one{1, 1, size};
     biomedgpt::check_int4_shape(one);
@@ -323,9 +328,9 @@ biomedgpt::Int4Shape int4_shape_of(const Int4Array& values, const Int4Array& sca
 }
 
 void int4_pack(const py::object& records, const py::object& values, const py::object& scales, const py::object& group) {
-    const Int4Array to(records, "records", kInt4Records, DType::u8, Use::filled);
-    const Int4Array blocks(values, "values", kInt4Blocks, DType::u8, Use::read);
-    const Int4Array block_scales(scales, "scales", kInt4Scales, DType::f16, Use::read);
+    const TypedArray to(records, "records", kInt4Records, DType::u8, Use::filled);
+    const TypedArray blocks(values, "values", kInt4Blocks, DType::u8, Use::read);
+    const TypedArray block_scales(scales, "scales", kInt4Scales, DType::f16, Use::read);
     const biomedgpt::Int4Shape shape = int4_shape_of(blocks, block_scales, group);
     to.require(shape.panels(), shape.panel_bytes());
     const py::gil_scoped_release released;
@@ -334,9 +339,9 @@ void int4_pack(const py::object& records, const py::object& values, const py::ob
 
 void int4_unpack(const py::object& values, const py::object& scales, const py::object& records,
                  const py::object& group) {
-    const Int4Array to(values, "values", kInt4Blocks, DType::u8, Use::filled);
-    const Int4Array to_scales(scales, "scales", kInt4Scales, DType::f16, Use::filled);
-    const Int4Array from(records, "records", kInt4Records, DType::u8, Use::read);
+    const TypedArray to(values, "values", kInt4Blocks, DType::u8, Use::filled);
+    const TypedArray to_scales(scales, "scales", kInt4Scales, DType::f16, Use::filled);
+    const TypedArray from(records, "records", kInt4Records, DType::u8, Use::read);
     const biomedgpt::Int4Shape shape = int4_shape_of(to, to_scales, group);
     from.require(shape.panels(), shape.panel_bytes());
     const py::gil_scoped_release released;
@@ -345,10 +350,10 @@ void int4_unpack(const py::object& values, const py::object& scales, const py::o
 
 void int4_quantize(const py::object& values, const py::object& scales, const py::object& zero_terms,
                    const py::object& x, const py::object& group, const py::object& path) {
-    const Int4Array to(values, "values", kInt4Values, DType::i8, Use::filled);
-    const Int4Array to_scales(scales, "scales", kInt4RowScales, DType::f32, Use::filled);
-    const Int4Array to_terms(zero_terms, "zero_terms", kInt4ZeroTerms, DType::i32, Use::filled);
-    const Int4Array from(x, "x", kInt4X, DType::f32, Use::read);
+    const TypedArray to(values, "values", kInt4Values, DType::i8, Use::filled);
+    const TypedArray to_scales(scales, "scales", kInt4RowScales, DType::f32, Use::filled);
+    const TypedArray to_terms(zero_terms, "zero_terms", kInt4ZeroTerms, DType::i32, Use::filled);
+    const TypedArray from(x, "x", kInt4X, DType::f32, Use::read);
     const biomedgpt::Int4Shape shape{1, from.columns(), int_of(group, {"group"})};
     biomedgpt::check_int4_shape(shape);
     to.require(from.rows(), shape.groups() * shape.group);
@@ -360,18 +365,23 @@ void int4_quantize(const py::object& values, const py::object& scales, const py:
                              {to.data<int8_t>(), to_scales.data<float>(), to_terms.data<int32_t>()}, name);
 }
 
-template <void (*kOp)(const biomedgpt::Int4Args&, const biomedgpt::Int4Options&)>
-void int4_multiply(const py::object& y, const py::object& x, const py::object& records, const py::object& group,
-                   const py::object& threads, const py::object& path) {
+// Of a pool that lives for one call.
+int pool_threads_of(py::handle threads) {
     const int count = threads_of(threads);
     if (count < 1 || count > biomedgpt::kMaxThreads) {
         throw ArgumentError("threads", std::to_string(count), "1 to " + std::to_string(biomedgpt::kMaxThreads));
     }
-    const Int4Array to(y, "y", kInt4Y, DType::f32, Use::filled);
-    const Int4Array from(x, "x", kInt4X, DType::f32, Use::read);
-    const Int4Array weights(records, "records", kInt4Records, DType::u8, Use::read);
+    return count;
+}
+
+template <void (*kOp)(const biomedgpt::Int4Args&, const biomedgpt::Int4Options&)>
+void int4_multiply(const py::object& y, const py::object& x, const py::object& records, const py::object& group,
+                   const py::object& threads, const py::object& path) {
+    const TypedArray to(y, "y", kInt4Y, DType::f32, Use::filled);
+    const TypedArray from(x, "x", kInt4X, DType::f32, Use::read);
+    const TypedArray weights(records, "records", kInt4Records, DType::u8, Use::read);
     to.require(from.rows(), to.columns());
-    biomedgpt::PoolThreads pool(count);
+    biomedgpt::PoolThreads pool(pool_threads_of(threads));
     biomedgpt::Int4Args args;
     args.x = from.data<float>();
     args.y = to.data<float>();
@@ -382,6 +392,50 @@ void int4_multiply(const py::object& y, const py::object& x, const py::object& r
     const biomedgpt::Int4Options options{pool.parallel_for(), text_of(path, {"path"})};
     const py::gil_scoped_release released;
     kOp(args, options);
+}
+
+biomedgpt::KvShape kv_shape_of(const TypedArray& cache, int64_t head_size, py::handle format) {
+    const int64_t block_bytes = int_of(format, {"block_bytes"});
+    biomedgpt::KvShape shape{cache.rows(), head_size, 0, biomedgpt::kv_format(head_size, block_bytes)};
+    shape.blocks = cache.columns() / block_bytes;
+    cache.require(shape.heads, shape.blocks * block_bytes);
+    return shape;
+}
+
+void causal_attention(const py::object& y, const py::object& qkv, const py::object& keys, const py::object& values,
+                      const py::object& block_bytes, const py::object& first, const py::object& cos,
+                      const py::object& sin, const py::object& threads, const py::object& path) {
+    const TypedArray to(y, "y", kAttended, DType::f32, Use::filled);
+    const TypedArray from(qkv, "qkv", kQkv, DType::f32, Use::read);
+    const TypedArray key_cache(keys, "keys", kKvCache, DType::u8, Use::filled);
+    const TypedArray value_cache(values, "values", kKvCache, DType::u8, Use::filled);
+    const TypedArray cosines(cos, "cos", kRope, DType::f32, Use::read);
+    const TypedArray sines(sin, "sin", kRope, DType::f32, Use::read);
+    biomedgpt::PoolThreads pool(pool_threads_of(threads));
+    biomedgpt::AttentionArgs args;
+    const int64_t head_size = 2 * cosines.columns();
+    args.cache.shape = kv_shape_of(key_cache, head_size, block_bytes);
+    value_cache.require(key_cache.rows(), key_cache.columns());
+    sines.require(cosines.rows(), cosines.columns());
+    args.heads = to.columns() / head_size;
+    to.require(from.rows(), args.heads * head_size);
+    from.require(from.rows(), (args.heads + 2 * args.cache.shape.heads) * head_size);
+    args.rows = from.rows();
+    args.first = int_of(first, {"first"});
+    args.qkv = from.data<float>();
+    args.y = to.data<float>();
+    args.cache.keys = key_cache.data<uint8_t>();
+    args.cache.values = value_cache.data<uint8_t>();
+    args.rope = {cosines.data<float>(), sines.data<float>(), cosines.rows()};
+    const biomedgpt::AttentionOptions options{pool.parallel_for(), text_of(path, {"path"})};
+    const py::gil_scoped_release released;
+    biomedgpt::causal_attention(args, options);
+}
+
+py::list attention_paths() {
+    py::list paths;
+    for (const char* path : biomedgpt::attention_paths()) paths.append(path);
+    return paths;
 }
 
 py::list int4_paths() {
@@ -522,6 +576,16 @@ a group's values; all filled.
 
 Raises KernelArgumentError, with nothing written, for anything else.)";
 
+constexpr char kAttentionDoc[] =
+    R"(Causal attention with rotary positions over a KV cache, as csrc/attention/attention.h has it.
+
+y: float32 [rows, heads * head_size], filled. qkv: float32 [rows, (heads + 2 * kv_heads) * head_size]. keys, values:
+uint8 [kv_heads, blocks * block_bytes], appended to. block_bytes: of 16 positions; says the element type. first:
+positions that the cache holds. cos, sin: float32 [positions, head_size / 2].
+threads: an upper bound, from 1. path: "auto" or one of attention_paths(). Neither changes a bit of y.
+
+Raises KernelArgumentError, with nothing written, for anything else.)";
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native kernels. Arrays are used in place: nothing is copied, cast or kept.";
     module.attr("__version__") = BIOMEDGPT_VERSION;
@@ -531,6 +595,10 @@ PYBIND11_MODULE(_native, module) {
     module.def("splice_cuda", &splice_cuda, kSpliceCudaDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
                py::arg("segments"), py::arg("stream") = 0, py::arg("allow_16bit") = false);
     module.def("splice_paths", &splice_paths);
+    module.def("causal_attention", &causal_attention, kAttentionDoc, py::arg("y"), py::arg("qkv"), py::arg("keys"),
+               py::arg("values"), py::arg("block_bytes"), py::arg("first"), py::arg("cos"), py::arg("sin"),
+               py::arg("threads") = 1, py::arg("path") = "auto");
+    module.def("attention_paths", &attention_paths);
     module.def("int4_records_shape", &int4_records_shape, kInt4RecordsShapeDoc, py::arg("rows"), py::arg("columns"),
                py::arg("group"));
     module.def("int4_pack", &int4_pack, kInt4PackDoc, py::arg("records"), py::arg("values"), py::arg("scales"),

@@ -17,7 +17,9 @@
 
 #include <cstring>
 
+#include "common/exponential.h"
 #include "common/half.h"
+#include "common/quantize.h"
 #include "common/unroll.h"
 #include "int4/int4_path.h"
 
@@ -176,79 +178,15 @@ inline void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_
     }
 }
 
-// One group. Magnitudes are compared as integers, which have the same order and, beyond infinity, NaNs.
-inline void quantize_group(const float* __restrict x, int64_t group, int8_t* __restrict values, float* scale,
-                           int32_t* zero_term) {
-    constexpr int32_t kInfinity = 0x7f800000;
-    constexpr float kSmallest = 0x1p-119f;   // what is divided by it, and it by 127, stays a normal number
-    constexpr float kToNearest = 0x1.8p23f;  // a sum with it is rounded to an integer, its last bits
-    int32_t largest = 0;
-    for (int64_t i = 0; i < group; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    float magnitude;
-    std::memcpy(&magnitude, &largest, sizeof magnitude);
-    if (largest >= kInfinity || magnitude < kSmallest) {
-        std::memset(values, 0, static_cast<size_t>(group));
-        *scale = largest >= kInfinity ? __builtin_nanf("") : 0.0f;
-        *zero_term = 0;
-        return;
-    }
-    const float inverse = 127.0f / magnitude;
-    int32_t origin;
-    std::memcpy(&origin, &kToNearest, sizeof origin);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < group; ++i) {
-        const float shifted = x[i] * inverse + kToNearest;
-        int32_t bits;
-        std::memcpy(&bits, &shifted, sizeof bits);
-        bits -= origin;
-        sum += bits;
-        values[i] = static_cast<int8_t>(bits);
-    }
-    *scale = magnitude / 127.0f;
-    *zero_term = -kInt4ZeroPoint * sum;
-}
-
 inline void quantize(const float* x, int64_t columns, int64_t group, const Int4Rows& row) {
     constexpr int64_t kMaxGroup = 128;
     for (int64_t g = 0; g < row.groups; ++g) {
         const int64_t first = g * group, rest = columns - first;
         float padded[kMaxGroup] = {};
         if (rest < group) std::memcpy(padded, x + first, static_cast<size_t>(rest) * sizeof *x);
-        quantize_group(rest < group ? padded : x + first, group, row.values + first, row.scales + g,
-                       row.zero_terms + g);
+        row.zero_terms[g] = -kInt4ZeroPoint * quantize_bytes(rest < group ? padded : x + first, group,
+                                                             row.values + first, row.scales + g);
     }
-}
-
-// Powers of e by Cody and Waite: x = n log 2 + r with log 2 in two parts, and a minimax polynomial of degree 6 for e^r
-// (coefficients of Cephes' expf).
-inline float exponential(float x) {
-    constexpr float kToNearest = 0x1.8p23f;
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 87.0f ? 87.0f : x;
-    const float shifted = __builtin_fmaf(x, 0x1.715476p0f, kToNearest);
-    const float n = shifted - kToNearest;
-    float r = __builtin_fmaf(n, -0x1.63p-1f, x);
-    r = __builtin_fmaf(n, 0x1.bd0106p-13f, r);
-    float p = 1.9875691500e-4f;
-    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-    p = __builtin_fmaf(p, r * r, r) + 1.0f;
-    int32_t power;
-    std::memcpy(&power, &shifted, sizeof power);
-    int32_t bits;
-    std::memcpy(&bits, &p, sizeof bits);
-    // The last bits of `shifted` are n; added to the exponent they multiply by 2^n.
-    bits = static_cast<int32_t>(static_cast<uint32_t>(bits) + (static_cast<uint32_t>(power) << 23));
-    std::memcpy(&p, &bits, sizeof p);
-    return p;
 }
 
 inline void silu_multiply(float* __restrict gate, const float* __restrict up, int64_t count) {

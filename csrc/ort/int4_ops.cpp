@@ -1,67 +1,23 @@
 #include "ort/int4_ops.h"
 
 #include <algorithm>
-#include <climits>
 #include <functional>
-#include <memory>
 #include <numeric>
 
 #include "int4/int4.h"
 #include "int4/int4_check.h"
-#include "ort/ort_call.h"
+#include "ort/tensors.h"
 
 namespace biomedgpt::ort {
 namespace {
 
 constexpr size_t kX = 0, kRecords = 1, kY = 0;
 
-// A tensor's dimensions, of which no operator here needs many.
-struct Shape {
-    static constexpr size_t kMaxRank = 8;
-    int64_t dims[kMaxRank] = {};
-    size_t rank = 0;
-
-    // `name` is the tensor's, for the error.
-    Shape(const Api& api, const TensorTypeAndShapeInfo& info, const char* name) {
-        require(GetDimensionsCount::call(api, &info, &rank));
-        if (rank > kMaxRank) {
-            throw ArgumentError(name, std::to_string(rank) + " dimensions", "at most " + std::to_string(kMaxRank));
-        }
-        require(GetDimensions::call(api, &info, dims, rank));
-    }
-
-    std::string text() const {
-        std::string all = "[";
-        for (size_t i = 0; i < rank; ++i) all += (i > 0 ? ", " : "") + std::to_string(dims[i]);
-        return all + "]";
-    }
-};
-
-Shape shape_of(const Api& api, const Value& value, const char* name) {
-    TensorTypeAndShapeInfo* info = nullptr;
-    require(GetTensorTypeAndShape::call(api, &value, &info));
-    const auto release = [&api](TensorTypeAndShapeInfo* of) { ReleaseTensorTypeAndShapeInfo::call(api, of); };
-    const std::unique_ptr<TensorTypeAndShapeInfo, decltype(release)> owned(info, release);
-    return {api, *info, name};
-}
-
-void* data_of(const Api& api, const Value& value) {
-    void* data = nullptr;
-    require(GetTensorMutableData::call(api, const_cast<Value*>(&value), &data));
-    return data;
-}
-
-int64_t attribute(const Api& api, const KernelInfo& info, const char* name) {
-    int64_t value = 0;
-    require(KernelInfoGetAttributeInt64::call(api, &info, name, &value));
-    return value;
-}
-
 class Int4Kernel {
   public:
     Int4Kernel(const Api& api, const Int4Op& op, const KernelInfo& info) : api_(api), op_(op) {
-        weights_.shape.columns = attribute(api, info, "K");
-        weights_.shape.rows = attribute(api, info, "N");
+        weights_.shape.columns = attribute_of(api, info, "K");
+        weights_.shape.rows = attribute_of(api, info, "N");
         int constant = 0;
         const Value* records = nullptr;
         require(KernelInfoGetConstantInputTensor::call(api, &info, kRecords, &constant, &records));
@@ -74,11 +30,11 @@ class Int4Kernel {
     const Int4Op& op() const { return op_; }
 
     void compute(KernelContext& context) const {
-        const Value* x = input(context, kX);
-        if (data_of(api_, *input(context, kRecords)) != weights_.records) {
+        const Value& x = input_of(api_, context, kX);
+        if (data_of(api_, input_of(api_, context, kRecords)) != weights_.records) {
             throw ArgumentError("records", "other memory than when the session was made", "the same initializer");
         }
-        Shape shape = shape_of(api_, *x, "x");
+        Shape shape = shape_of(api_, x, "x");
         const int64_t columns = weights_.shape.columns;
         if (shape.rank == 0 || shape.dims[shape.rank - 1] != columns) {
             throw ArgumentError("x", "float32 " + shape.text(), "float32 [..., " + std::to_string(columns) + "]");
@@ -89,29 +45,15 @@ class Int4Kernel {
         const bool empty = std::find(shape.dims, last, 0) != last;
         args.rows = empty ? 0 : std::accumulate(shape.dims, last, int64_t{1}, std::multiplies<>());
         args.weights = weights_;
-        args.x = static_cast<const float*>(data_of(api_, *x));
+        args.x = static_cast<const float*>(data_of(api_, x));
         *last = weights_.shape.rows;
-        Value* y = nullptr;
-        require(KernelContextGetOutput::call(api_, &context, kY, shape.dims, shape.rank, &y));
-        args.y = static_cast<float*>(data_of(api_, *y));
+        args.y = static_cast<float*>(data_of(api_, output_of(api_, context, kY, shape)));
         Pool pool{api_, context};
         const auto multiply = op_.matrices == 2 ? int4_gate_up : int4_linear;
         multiply(args, {ParallelFor(Pool::run, &pool), "auto"});
     }
 
   private:
-    // ONNX Runtime's own threads: a second pool beside them would fight them for the processors.
-    struct Pool {
-        const Api& api;
-        const KernelContext& context;
-
-        static void run(void* pool, size_t count, ParallelFor::Round round, void* state) {
-            const Pool& self = *static_cast<Pool*>(pool);
-            constexpr size_t kNoBatches = 0;
-            require(KernelContextParallelFor::call(self.api, &self.context, round, count, kNoBatches, state));
-        }
-    };
-
     void set_records(const Shape& shape, const void* data) {
         Int4Shape& of = weights_.shape;
         const int64_t* dims = shape.dims;
@@ -133,12 +75,6 @@ class Int4Kernel {
         check_int4_records(weights_.records);
     }
 
-    const Value* input(const KernelContext& context, size_t index) const {
-        const Value* value = nullptr;
-        require(KernelContextGetInput::call(api_, &context, index, &value));
-        return value;
-    }
-
     const Api& api_;
     const Int4Op& op_;
     Int4Weights weights_;
@@ -157,21 +93,11 @@ Status* compute(void* kernel, KernelContext* context) {
     return status_of(*of.op().api, of.op().name, [&] { of.compute(*context); });
 }
 
-// y has the dimensions of x, known or named, but for the last.
 Status* infer_shape(const CustomOp* op, ShapeInferContext* context) {
     const Api& api = *self(op).api;
     return status_of(api, self(op).name, [&] {
-        TensorTypeAndShapeInfo* x = nullptr;
-        require(ShapeInferContextGetInputTypeShape::call(api, context, kX, &x));
-        Shape shape(api, *x, "x");
-        if (shape.rank == 0) return;  // not known yet, and then neither is that of y
-        const OpAttr* attribute = nullptr;
-        require(ShapeInferContextGetAttribute::call(api, context, "N", &attribute));
-        size_t size = 0;
-        int64_t* last = shape.dims + shape.rank - 1;
-        require(ReadOpAttr::call(api, attribute, OpAttrType::integer, last, sizeof *last, &size));
-        require(SetDimensions::call(api, x, shape.dims, shape.rank));
-        require(ShapeInferContextSetOutputTypeShape::call(api, context, kY, x));
+        const int64_t width = attribute_of(api, *context, "N");
+        infer_last(api, *context, kX, kY, "x", [=](int64_t) { return width; });
     });
 }
 
@@ -182,23 +108,16 @@ Int4Op int4_op(const Api& api, const char* name, int64_t matrices) {
     op.api = &api;
     op.name = name;
     op.matrices = matrices;
-    op.version = kApiVersion;
+    set_defaults(op);
     op.GetName = [](const CustomOp* of) { return self(of).name; };
-    op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
     op.GetInputType = [](const CustomOp*, size_t i) { return i == kX ? ElementType::float32 : ElementType::uint8; };
     op.GetInputTypeCount = [](const CustomOp*) -> size_t { return 2; };
     op.GetOutputType = [](const CustomOp*, size_t) { return ElementType::float32; };
     op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
     op.KernelDestroy = [](void* kernel) { delete static_cast<Int4Kernel*>(kernel); };
-    op.GetInputCharacteristic = op.GetOutputCharacteristic =
-        op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
-    op.GetVariadicInputMinArity = op.GetVariadicInputHomogeneity = op.GetVariadicOutputMinArity =
-        op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
     op.CreateKernelV2 = create;
     op.KernelComputeV2 = compute;
     op.InferOutputShapeFn = infer_shape;
-    op.GetStartVersion = [](const CustomOp*) { return 1; };
-    op.GetEndVersion = [](const CustomOp*) { return INT_MAX; };
     return op;
 }
 

@@ -25,7 +25,7 @@ struct TensorTypeAndShapeInfo;
 struct Value;
 
 enum class ErrorCode : int { fail = 1, invalid_argument = 2, runtime_exception = 6, not_implemented = 9 };
-enum class ElementType : int { float32 = 1, uint8 = 2 };
+enum class ElementType : int { float32 = 1, uint8 = 2, int32 = 6 };
 enum class OpAttrType : int { integer = 1 };
 
 struct Api {

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "ort/attention_op.h"
 #include "ort/int4_ops.h"
 #include "ort/ort_call.h"
 #include "ort/self_test.h"
@@ -13,12 +14,15 @@ namespace {
 // Sessions hold pointers to a domain and its operators, so there is one of each, for as long as the process lives.
 struct Domain {
     Int4Op linear, gate_up;
+    AttentionOp attention;
     CustomOpDomain* domain = nullptr;
 
-    explicit Domain(const Api& api) : linear(int4_op(api, "Int4Linear", 1)), gate_up(int4_op(api, "Int4GateUp", 2)) {
+    explicit Domain(const Api& api)
+        : linear(int4_op(api, "Int4Linear", 1)), gate_up(int4_op(api, "Int4GateUp", 2)), attention(attention_op(api)) {
         require(CreateCustomOpDomain::call(api, "biomedgpt", &domain));
         require(CustomOpDomainAdd::call(api, domain, &linear));
         require(CustomOpDomainAdd::call(api, domain, &gate_up));
+        require(CustomOpDomainAdd::call(api, domain, &attention));
     }
 };
 
@@ -41,6 +45,7 @@ extern "C" biomedgpt::ort::Status* RegisterCustomOps(biomedgpt::ort::SessionOpti
     return status_of(*api, "biomedgpt", [&] {
         static const Domain domain = [&] {
             biomedgpt::require_correct_int4();
+            biomedgpt::require_correct_attention();
             return Domain(*api);
         }();
         if (domain.linear.api != api) {

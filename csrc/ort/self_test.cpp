@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/attention.h"
 #include "int4/int4.h"
 
 namespace biomedgpt {
@@ -63,6 +64,77 @@ void require_correct_int4() {
             }
         }
     }
+}
+
+namespace {
+
+constexpr int64_t kHeads = 2, kHeadSize = 32, kWidth = (kHeads + 2) * kHeadSize;
+// Beyond the first tile of positions; the last one is a step of its own.
+constexpr int64_t kPositions = 140;
+
+// Integers that quantize to themselves, as above.
+int value(int64_t position, int64_t element) {
+    return element == 5 ? 127 : static_cast<int>((position * 31 + element * 17) % 255) - 127;
+}
+
+// The element in which a query is large: it attends to the positions whose keys are 1 there, which are those of the
+// same remainder, and to all of them alike.
+int64_t wanted(int64_t position, int64_t head) {
+    return (position / 3 + head) % (position + 1) % kHeadSize;
+}
+
+// What is left of the others, a hundred times 127 / e^87 at most, where it is not lost beside larger numbers.
+constexpr float kLeft = 1e-33f;
+
+std::vector<float> queries_keys_values() {
+    std::vector<float> qkv(static_cast<size_t>(kPositions * kWidth));
+    for (int64_t position = 0; position < kPositions; ++position) {
+        float* row = qkv.data() + position * kWidth;
+        for (int64_t head = 0; head < kHeads; ++head) row[head * kHeadSize + wanted(position, head)] = 1000.0f;
+        row[kHeads * kHeadSize + position % kHeadSize] = 1.0f;
+        for (int64_t i = 0; i < kHeadSize; ++i) {
+            row[(kHeads + 1) * kHeadSize + i] = static_cast<float>(value(position, i));
+        }
+    }
+    return qkv;
+}
+
+float expected(int64_t position, int64_t head, int64_t element) {
+    int sum = 0, count = 0;
+    for (int64_t i = wanted(position, head); i <= position; i += kHeadSize, ++count) sum += value(i, element);
+    return static_cast<float>(sum) / static_cast<float>(count);
+}
+
+void require_correct_attention(KvFormat format) {
+    const KvShape shape{1, kHeadSize, (kPositions + kKvBlock - 1) / kKvBlock, format};
+    std::vector<float> keys(static_cast<size_t>(shape.blocks * shape.block_bytes()) / sizeof(float)), values = keys;
+    const std::vector<float> qkv = queries_keys_values(), ones(kPositions * kHeadSize / 2, 1.0f), zeros(ones.size());
+    std::vector<float> y(kPositions * kHeads * kHeadSize);
+    AttentionArgs args;
+    args.heads = kHeads;
+    args.cache = {shape, reinterpret_cast<uint8_t*>(keys.data()), reinterpret_cast<uint8_t*>(values.data())};
+    args.rope = {ones.data(), zeros.data(), kPositions};
+    for (const int64_t end : {kPositions - 1, kPositions}) {
+        args.qkv = qkv.data() + args.first * kWidth;
+        args.y = y.data() + args.first * kHeads * kHeadSize;
+        args.rows = end - args.first;
+        causal_attention(args);
+        args.first = end;
+    }
+    for (int64_t i = 0; i < kPositions * kHeads * kHeadSize; ++i) {
+        const int64_t row = i / kHeadSize;
+        const float off = y[static_cast<size_t>(i)] - expected(row / kHeads, row % kHeads, i % kHeadSize);
+        if (!(off <= kLeft && off >= -kLeft)) {
+            throw std::runtime_error("the self-test of attention path \"" + std::string(attention_paths().front()) +
+                                     "\" gives a wrong sum on this processor.");
+        }
+    }
+}
+
+}  // namespace
+
+void require_correct_attention() {
+    for (const KvFormat format : {KvFormat::f32, KvFormat::f16, KvFormat::i8}) require_correct_attention(format);
 }
 
 }  // namespace biomedgpt

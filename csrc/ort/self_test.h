@@ -1,9 +1,12 @@
-// A small product whose result is known: what this build computes on this processor is looked at before it is used.
+// Small problems whose results are known: what this build computes on this processor is looked at before it is used.
 #pragma once
 
 namespace biomedgpt {
 
 // Throws std::runtime_error, with the path's name, where a product is wrong.
 void require_correct_int4();
+
+// Likewise where attention over any element type of the cache gives something else than what is known.
+void require_correct_attention();
 
 }  // namespace biomedgpt

@@ -21,7 +21,8 @@ import torch
 
 from biomedgpt_edge import Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder.base import DecoderState, KeyValues
+from biomedgpt_edge.decoder.base import DecoderState
+from biomedgpt_edge.decoder.kv_cache import KeyValues, KvLayout
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
 from biomedgpt_edge.manifest import PORTABLE, FileEntry
@@ -146,7 +147,7 @@ def _fidelity(exported: Mapping[str, _Exported], source: Source) -> dict[str, An
 
 def _exported(bundle: Bundle, threads: int) -> dict[str, _Exported]:
     """By kind of prompt. Encoders and decoder are in memory one after the other, and neither of them afterwards."""
-    with Engine(bundle, _NoDecoder(), threads=threads, allow_16bit=False) as engine:
+    with Engine(bundle, _NoDecoder(bundle), threads=threads, allow_16bit=False) as engine:
         prompts = _prompts(engine)
     decoder = OnnxDecoder(bundle, threads=threads)
     return {
@@ -160,6 +161,9 @@ class _NoDecoder:
 
     tile = 1
     identity = "none"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.kv = KvLayout.rows(bundle.manifest.decoder)
 
     def open(self, capacity: int, start: KeyValues | None = None) -> DecoderState:
         raise TypeError("an engine that was to prepare prompts was asked for tokens")

@@ -41,6 +41,21 @@ def int4_pack(records: _Array, values: _Array, scales: npt.NDArray[np.float16], 
 def int4_unpack(values: _Array, scales: npt.NDArray[np.float16], records: _Array, group: int) -> None: ...
 
 # y: float32 [rows, N]; x: float32 [rows, K]; records aligned to 64 bytes.
+def causal_attention(
+    y: _Array,
+    qkv: _Array,
+    keys: _Array,
+    values: _Array,
+    block_bytes: int,
+    first: int,
+    cos: _Array,
+    sin: _Array,
+    threads: int = 1,
+    path: str = "auto",
+) -> None: ...
+
+# Best first.
+def attention_paths() -> list[str]: ...
 def int4_linear(y: _Array, x: _Array, records: _Array, group: int, threads: int = 1, path: str = "auto") -> None: ...
 def int4_gate_up(y: _Array, x: _Array, records: _Array, group: int, threads: int = 1, path: str = "auto") -> None: ...
 def int4_quantize(

@@ -16,7 +16,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +122,7 @@ class CacheCounts:
 
 
 class ArrayFolder:
-    """Arrays that can be computed again, each a file of its own: SHA-256 of the values, then the values, float32.
+    """Arrays that can be computed again, each a file of its own: SHA-256 of the values, then the values.
 
     The folder is private to the user. What was used longest ago goes first when the files take more than ``limit``
     bytes. A folder that cannot be written or read is an empty one.
@@ -136,12 +136,12 @@ class ArrayFolder:
         self._name = name
         self._limit = limit
 
-    def load(self, key: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
-        """The array called ``key``, mapped and read-only; None if it is absent, damaged or of another shape."""
+    def load(self, key: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any] | None:
+        """The array called ``key``, mapped and read-only; None if it is absent, damaged or of another size."""
         try:
             path = self._path(key)
             with path.open("rb") as file:
-                array = _intact(file, shape)
+                array = _intact(file, shape, np.dtype(dtype))
         except (OSError, PlatformError):
             self.counts.absent += 1
             return None
@@ -153,7 +153,7 @@ class ArrayFolder:
             os.utime(path)
         return array
 
-    def save(self, key: str, array: npt.NDArray[np.float32]) -> None:
+    def save(self, key: str, array: npt.NDArray[Any]) -> None:
         """Keeps ``array`` [any shape], C-contiguous, if there is room for it."""
         if array.nbytes + _DIGEST_SIZE > self._limit:
             return
@@ -176,11 +176,11 @@ class ArrayFolder:
             excess -= size
 
 
-def _intact(file: BinaryIO, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
-    if os.fstat(file.fileno()).st_size != _DIGEST_SIZE + 4 * math.prod(shape):
+def _intact(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
+    if os.fstat(file.fileno()).st_size != _DIGEST_SIZE + dtype.itemsize * math.prod(shape):
         return None
     digest = file.read(_DIGEST_SIZE)
-    array = np.asarray(np.memmap(file, np.float32, "r", _DIGEST_SIZE, shape))
+    array = np.asarray(np.memmap(file, dtype, "r", _DIGEST_SIZE, shape))
     return array if hashlib.sha256(array.data).digest() == digest else None
 
 

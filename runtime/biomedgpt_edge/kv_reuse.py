@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from . import _native
 from .bundle import Bundle
-from .decoder.base import Decoder, DecoderState, KeyValues
+from .decoder.base import Decoder, DecoderState
+from .decoder.kv_cache import KeyValues
 from .device_cache import ArrayFolder
 from .generate import prefill
 from .prompt import Segment, TokenSegment, beginnings
@@ -100,13 +101,13 @@ class TemplatePrefixes:
         """From the folder, or computed and put there."""
         if self._folder is None:
             return self._computed(ids)
-        spec = self._bundle.manifest.decoder
-        key = self._key(ids)
-        found = self._folder.load(key, (2 * spec.layers, spec.kv_heads, len(ids), spec.head_size))
-        if found is None:
-            found = self._computed(ids)
-            self._folder.save(key, found)
-        return found
+        key, kv = self._key(ids), self.decoder.kv
+        found = self._folder.load(key, kv.stacked(len(ids)), kv.dtype)
+        if found is not None:
+            return KeyValues(len(ids), found)
+        computed = self._computed(ids)
+        self._folder.save(key, computed.array)
+        return computed
 
     def _computed(self, ids: Ids) -> KeyValues:
         embeddings = splice([TokenPart(ids)], self._bundle.embeddings, threads=1)

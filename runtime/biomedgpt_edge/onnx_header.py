@@ -45,9 +45,11 @@ OPERATORS = frozenset(
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     }
 )
-# Those of csrc/ort, for decoders in records alone, and how many matrices the records of each hold.
+# Those of csrc/ort, for decoders in records alone, and how many matrices the records of each product hold.
 INT4_DOMAIN = "biomedgpt"
+ATTENTION = (INT4_DOMAIN, "CausalAttention")
 INT4_MATRICES = {(INT4_DOMAIN, "Int4Linear"): 1, (INT4_DOMAIN, "Int4GateUp"): 2}
+RECORDS_OPERATORS = frozenset({*INT4_MATRICES, ATTENTION})
 _PRODUCTS, _CAST = {("com.microsoft", "MatMulNBits"), *INT4_MATRICES}, ("", "Cast")
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 
-from biomedgpt_edge.decoder.onnx import OnnxState, _signature
-from biomedgpt_edge.manifest import DecoderSpec
+from biomedgpt_edge.decoder.kv_cache import KvElement
+from biomedgpt_edge.decoder.onnx import OnnxState, _signature, kv_layout
+from biomedgpt_edge.int4_ops import OPSET, register_int4_ops
+from biomedgpt_edge.manifest import RECORDS, DecoderSpec
+from biomedgpt_edge.onnx_header import INT4_DOMAIN
 from biomedgpt_edge.ort_session import open_session
 from biomedgpt_edge.splice import EmbeddingTable
 from biomedgpt_export.families.tensors import llama_tensors
+from biomedgpt_export.graphs.attention import LENGTH, Attention
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import LlamaConfig
 from biomedgpt_export.graphs.decoder import build_decoder
@@ -94,9 +99,11 @@ class Case:
     spec: DecoderSpec
     table: np.ndarray
     model: transformers.LlamaForCausalLM
+    kv_cache: KvElement | None = None
 
     def open(self, capacity: int) -> OnnxState:
-        return OnnxState(self.session, self.spec, EmbeddingTable(self.table), capacity)  # type: ignore[arg-type]
+        kv, table = kv_layout(self.spec, self.kv_cache), EmbeddingTable(self.table)
+        return OnnxState(self.session, self.spec, kv, table, capacity)  # type: ignore[arg-type]
 
     def expected(self, embeddings: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -104,7 +111,9 @@ class Case:
         return logits
 
 
-def build(folder: Path, of: LlamaConfig, precision: Precision = "fp32", seed: int = 0) -> Case:
+def build(
+    folder: Path, of: LlamaConfig, precision: Precision = "fp32", seed: int = 0, *, own_attention: bool = False
+) -> Case:
     model = oracle(of, seed)
     path = folder / "decoder.onnx"
     graph = GraphBuilder(path)
@@ -125,10 +134,34 @@ def build(folder: Path, of: LlamaConfig, precision: Precision = "fp32", seed: in
         of.norm_eps,
         of.attention_bias,
     )
-    inputs, outputs = _signature(spec)
-    session = open_session(path, threads=1, inputs=inputs, outputs=outputs)
+    if own_attention:
+        use_own_attention(path, of)
+        spec = replace(spec, layout=RECORDS)
+    inputs, outputs = _signature(spec, kv_layout(spec, None))
+    session = open_session(path, threads=1, inputs=inputs, outputs=outputs, register=register_int4_ops)
     table = model.model.embed_tokens.weight.detach().numpy()
     return Case(session, spec, table, model)
+
+
+def use_own_attention(path: Path, of: LlamaConfig) -> None:
+    """Rewrites the graph with CausalAttention, and all else as it is."""
+    model = onnx.load(str(path), load_external_data=False)
+    scratch = GraphBuilder(path.with_name("scratch.onnx"))
+    found = {node.output[0]: Attention.read(node) for node in model.graph.node}
+    caches = {v.name: v for one in found.values() if one for pair in one.own_cache() for v in pair}
+    for node in model.graph.node:
+        attention = found[node.output[0]]
+        if attention is not None:
+            attention.emit_own(scratch)
+            node.CopyFrom(scratch._nodes[-1])
+    scratch.close()
+    for values in (model.graph.input, model.graph.output):
+        kept = [caches.get(value.name, value) for value in values if value.name != LENGTH]
+        copies = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+        del values[:]
+        values.extend(copies)
+    model.opset_import.append(onnx.helper.make_opsetid(INT4_DOMAIN, OPSET))
+    onnx.save(model, str(path))
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5) -> None:
@@ -141,6 +174,22 @@ def test_logits_at_all_positions_are_those_of_transformers(tmp_path: Path, name:
     embeddings = np.random.default_rng(1).standard_normal((POSITIONS, case.spec.hidden_size)).astype(np.float32)
     with case.open(POSITIONS) as state:
         assert_close(state.logits(embeddings, np.arange(POSITIONS)), case.expected(embeddings))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("kv_cache", "tolerance"), [("fp32", 2e-5), ("fp16", 4e-3), ("int8", 5e-2)])
+def test_so_they_are_with_our_own_attention_up_to_what_the_cache_rounds(
+    tmp_path: Path, name: str, kv_cache: KvElement, tolerance: float
+) -> None:
+    case = build(tmp_path, CONFIGS[name], own_attention=True)
+    case.kv_cache = kv_cache
+    embeddings = np.random.default_rng(1).standard_normal((POSITIONS, case.spec.hidden_size)).astype(np.float32)
+    expected = case.expected(embeddings)
+    with case.open(POSITIONS) as state:
+        assert_close(state.logits(embeddings, np.arange(POSITIONS)), expected, tolerance)
+    with case.open(POSITIONS) as state:
+        found = [state.logits(embeddings[a:b], np.arange(b - a)) for a, b in itertools.pairwise([0, 13, 14, 15, 40])]
+        assert_close(np.concatenate(found), expected, tolerance)
 
 
 @pytest.mark.parametrize("name", ["plain", "grouped with bias", "head size 64"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from onnx import TensorProto
 
 from biomedgpt_edge import Engine, Molecule, _native
-from biomedgpt_edge.decoder.onnx import OnnxState
+from biomedgpt_edge.decoder.onnx import OnnxState, kv_layout
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.int4_ops import register_int4_ops
+from biomedgpt_edge.manifest import RECORDS
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
 from biomedgpt_export.errors import ModelConfigError
 from biomedgpt_export.graphs.builder import CONTRIB, PAGE, GraphBuilder
@@ -66,8 +68,8 @@ def test_every_product_is_replaced(demo: tuple[Path, Replaced]) -> None:
     layers = 6
     assert replaced == Replaced(linear=3 * layers + 1, gate_up=layers, kept=0)
     used = {name for _, name in read_header(path).operators}
-    assert {"Int4Linear", "Int4GateUp"} <= used
-    assert not used & {"MatMulNBits", "QuickGelu", "Cast"}
+    assert {"Int4Linear", "Int4GateUp", "CausalAttention"} <= used
+    assert not used & {"MatMulNBits", "QuickGelu", "Cast", "GroupQueryAttention"}
 
 
 def test_records_begin_on_pages_and_nothing_is_stored_twice(demo: tuple[Path, Replaced]) -> None:
@@ -144,15 +146,19 @@ def answer(
 ) -> tuple[list[int], Logits, Logits, Logits]:
     prompt = engine.prepare(QUESTION, Molecule.from_smiles(smiles))
     spec, table = engine.bundle.manifest.decoder, engine.bundle.embeddings
-    states = [OnnxState(session, spec, table, len(prompt) + TOKENS) for session in sessions]
+    ours = replace(spec, layout=RECORDS)
+    states = [
+        OnnxState(session, of, kv_layout(of, None), table, len(prompt) + TOKENS)
+        for session, of in zip(sessions, (spec, ours, spec), strict=True)
+    ]
     logits = [[state.prefill(prompt.embeddings).copy()] for state in states]
     tokens = [int(logits[0][0].argmax())]
     while len(tokens) < TOKENS and tokens[-1] != engine.bundle.tokenizer.eos_id:
         for state, of_state in zip(states, logits, strict=True):
             of_state.append(state.step(tokens[-1]).copy())
         tokens.append(int(logits[0][-1].argmax()))
-    theirs, ours, exact = (np.array(of_state) for of_state in logits)
-    return tokens, theirs, ours, exact
+    theirs, own, exact = (np.array(of_state) for of_state in logits)
+    return tokens, theirs, own, exact
 
 
 @pytest.mark.parametrize("name", MOLECULES)

@@ -24,6 +24,7 @@ from biomedgpt_edge.bench.suite import Plan, Suite
 from biomedgpt_edge.bench.work import Work, bound, decode_work, graph_bytes, prefill_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main
+from biomedgpt_edge.decoder.kv_cache import KvLayout
 from biomedgpt_edge.engine import DEMO_BUNDLE, Engine
 from biomedgpt_edge.errors import OptionError, PlatformError
 
@@ -207,7 +208,8 @@ def test_a_decoded_token_reads_all_weights_and_its_past() -> None:
     stored = sum(entry.size for entry in bundle.manifest.files if entry.path == "decoder.data")
     assert 0.9 * stored < weights <= stored
     per_position = 2 * spec.layers * spec.kv_heads * spec.head_size * 4
-    deep, shallow = decode_work(bundle, 1000, 1), decode_work(bundle, 0, 1)
+    kv = KvLayout.rows(bundle.manifest.decoder)
+    deep, shallow = decode_work(bundle, kv, 1000, 1), decode_work(bundle, kv, 0, 1)
     assert shallow.bytes == weights + per_position
     assert deep.bytes - shallow.bytes == 1000 * per_position
     one, two = prefill_work(bundle, 100), prefill_work(bundle, 200)

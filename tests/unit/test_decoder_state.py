@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder.base import KeyValues
+from biomedgpt_edge.decoder.kv_cache import KV_ELEMENTS, KeyValues, KvElement
 from biomedgpt_edge.decoder.onnx import GROWTH, TILE, OnnxDecoder
-from biomedgpt_edge.errors import ClosedError, KernelArgumentError
+from biomedgpt_edge.errors import ClosedError, KernelArgumentError, OptionError
 from biomedgpt_edge.generate import prefill
+from biomedgpt_edge.manifest import RECORDS
 from biomedgpt_edge.splice import TokenPart, splice
+from biomedgpt_export.relayout import relayout
 
 POSITIONS = 600
 
@@ -56,7 +60,7 @@ def test_calls_that_end_at_tiles_change_no_bit(
     ):
         logits, cut = in_calls(decoder, embeddings, ends)
         np.testing.assert_array_equal(logits, whole)
-        np.testing.assert_array_equal(cut, cache)
+        np.testing.assert_array_equal(cut.array, cache.array)
 
 
 def test_a_long_prompt_in_chunks_gives_the_same_bits_as_in_one_call(decoder: OnnxDecoder) -> None:
@@ -64,7 +68,7 @@ def test_a_long_prompt_in_chunks_gives_the_same_bits_as_in_one_call(decoder: Onn
     with decoder.open(513) as chunked, decoder.open(513) as whole:
         *_, last = prefill(chunked, embeddings)
         np.testing.assert_array_equal(last, whole.prefill(embeddings))
-        np.testing.assert_array_equal(chunked.key_values(), whole.key_values())
+        np.testing.assert_array_equal(chunked.key_values().array, whole.key_values().array)
 
 
 def test_room_grows_with_what_is_used_and_no_further_than_the_capacity(decoder: OnnxDecoder) -> None:
@@ -119,13 +123,19 @@ def test_a_state_begins_where_another_one_stopped(decoder: OnnxDecoder) -> None:
         assert second.length == 47
         np.testing.assert_array_equal(second.prefill(embeddings[47:]), expected)
     with decoder.open(60, start) as third:
-        np.testing.assert_array_equal(third.key_values(), start)
+        np.testing.assert_array_equal(third.key_values().array, start.array)
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda kv: kv[1:], lambda kv: kv.astype(np.float64), lambda kv: kv[:, :, :, 1:], lambda kv: kv[0]],
-    ids=["a layer too few", "float64", "narrow heads", "one layer"],
+    [
+        lambda kv: KeyValues(20, kv.array[1:]),
+        lambda kv: KeyValues(20, kv.array.astype(np.float64)),
+        lambda kv: KeyValues(20, kv.array[:, :, :, 1:]),
+        lambda kv: KeyValues(20, kv.array[0]),
+        lambda kv: KeyValues(19, kv.array),
+    ],
+    ids=["a layer too few", "float64", "narrow heads", "one layer", "another length"],
 )
 def test_keys_and_values_of_another_decoder_are_refused(
     decoder: OnnxDecoder, spoil: Callable[[KeyValues], KeyValues]
@@ -135,6 +145,81 @@ def test_keys_and_values_of_another_decoder_are_refused(
         start = state.key_values()
     with pytest.raises(KernelArgumentError, match="keys and values are float"):
         decoder.open(20, spoil(start))
+
+
+# --- decoders in records, whose rows depend on nothing beside them ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def records(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The int4 bundle with our own operators."""
+    source, out = tiny_bundles("int4"), tmp_path_factory.mktemp("records") / "bundle"
+    if Bundle.open(source).manifest.decoder.layout == RECORDS:
+        return source
+    relayout(source, out, "records", lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="module", params=KV_ELEMENTS)
+def own(request: pytest.FixtureRequest, records: Path) -> OnnxDecoder:
+    return OnnxDecoder(Bundle.open(records), threads=2, kv_cache=request.param)
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_every_position_has_the_same_bits_however_calls_are_cut(own: OnnxDecoder, data: st.DataObject) -> None:
+    assert own.tile == 1
+    embeddings = rows(own, 200)
+    whole, _ = in_calls(own, embeddings, [200])
+    ends = data.draw(st.sets(st.integers(1, 199), max_size=40))
+    logits, _ = in_calls(own, embeddings, [*sorted(ends), 200])
+    np.testing.assert_array_equal(logits, whole)
+
+
+def test_the_number_of_threads_changes_no_bit(own: OnnxDecoder, records: Path) -> None:
+    other = OnnxDecoder(Bundle.open(records), threads=1, kv_cache=own.kv.element)
+    np.testing.assert_array_equal(in_calls(own, rows(own, 100), [100])[0], in_calls(other, rows(own, 100), [100])[0])
+
+
+def test_steps_a_prefill_and_several_steps_at_once_agree(own: OnnxDecoder) -> None:
+    tokens = np.random.default_rng(1).integers(3, 900, 30)
+    embeddings = splice([TokenPart(tokens)], own.table, threads=1)
+    with own.open(GROWTH + 30) as state:
+        state.prefill(rows(own, GROWTH - 10))  # so that room grows on the way
+        start = state.key_values()
+        expected = state.logits(embeddings, np.arange(30))
+        state.truncate(GROWTH - 10)
+        singly = np.stack([state.step(int(token)).copy() for token in tokens])
+    with own.open(GROWTH + 30, start) as state:
+        together = np.concatenate([state.steps([int(t) for t in part]).copy() for part in np.split(tokens, [8, 15])])
+    np.testing.assert_array_equal(singly, expected)
+    np.testing.assert_array_equal(together, expected)
+
+
+def test_a_cache_of_fewer_bytes_is_smaller_and_almost_the_same(records: Path) -> None:
+    decoders = {name: OnnxDecoder(Bundle.open(records), threads=1, kv_cache=name) for name in KV_ELEMENTS}
+    sizes = {name: one.kv.bytes(160) for name, one in decoders.items()}
+    spec = decoders["fp32"].spec
+    numbers = 2 * spec.layers * spec.kv_heads * 160
+    assert sizes == {
+        "fp32": numbers * spec.head_size * 4,
+        "fp16": numbers * spec.head_size * 2,
+        "int8": numbers * (spec.head_size + 4),
+    }
+    assert all(one.kv.bytes_per_position * 160 == sizes[name] for name, one in decoders.items())
+    found = {name: in_calls(one, rows(one, 160), [160])[0] for name, one in decoders.items()}
+    scale = np.abs(found["fp32"]).max()
+    assert 0 < np.abs(found["fp16"] - found["fp32"]).max() < 0.1 * scale
+    assert 0 < np.abs(found["int8"] - found["fp32"]).max() < 0.3 * scale
+
+
+def test_a_portable_decoder_stores_fp32_alone(tiny_bundle_fp32: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_fp32)
+    assert OnnxDecoder(bundle, threads=1, kv_cache="fp32").kv.element == "fp32"
+    others: list[KvElement] = ["fp16", "int8"]
+    for name in others:
+        with pytest.raises(OptionError, match=f"kv_cache is '{name}', and the decoder is portable"):
+            OnnxDecoder(bundle, threads=1, kv_cache=name)
 
 
 def test_a_closed_state_says_so(decoder: OnnxDecoder) -> None:

@@ -59,10 +59,13 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, list(inputs), names, name=name, domain=domain, **attributes))
         return name
 
-    def adopt_signature(self, graph: onnx.GraphProto) -> None:
-        """Gives this graph the inputs and outputs of another one."""
-        self._inputs.extend(graph.input)
-        self._outputs.extend(graph.output)
+    def adopt_input(self, value: onnx.ValueInfoProto) -> None:
+        """Adds an input of another graph as it is."""
+        self._inputs.append(value)
+
+    def adopt_output(self, value: onnx.ValueInfoProto) -> None:
+        """Adds an output of another graph as it is."""
+        self._outputs.append(value)
 
     def adopt_node(self, node: onnx.NodeProto) -> None:
         """Adds a node of another graph as it is."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
+from .attention import LAST_POSITION, Attention, length_input
 from .builder import CONTRIB, GraphBuilder
 from .config import LlamaConfig
 from .linear import Linears
@@ -36,8 +37,8 @@ def build_decoder(
     """
     hidden = graph.input("inputs_embeds", TensorProto.FLOAT, [1, "positions", config.hidden_size])
     wanted = graph.input("logit_positions", TensorProto.INT64, ["logits"])
-    graph.input("seqlens_k", TensorProto.INT32, [1])
-    graph.input("total_sequence_length", TensorProto.INT32, [])
+    graph.input(LAST_POSITION, TensorProto.INT32, [1])
+    graph.adopt_input(length_input())
     _add_rope_tables(graph, config)
     matrices = llama_matrices(config)
     normed = _norm(graph, "layers.0.input_layernorm", hidden, weights("model.layers.0.input_layernorm.weight"), config)
@@ -87,22 +88,12 @@ def _attention(
 ) -> str:
     name = f"layers.{layer}"
     qkv = linears.emit_matrix(graph, normed, matrices[f"{name}.qkv_proj"], weights)
-    shape: list[int | str] = [1, config.kv_heads, "capacity", config.head_size]
-    past = [graph.input(f"past_{part}.{layer}", TensorProto.FLOAT, shape) for part in ("key", "value")]
-    graph.node(
-        "GroupQueryAttention",
-        [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "rope_cos", "rope_sin"],
-        f"{name}.attention",
-        domain=CONTRIB,
-        num_heads=config.heads,
-        kv_num_heads=config.kv_heads,
-        do_rotary=1,
-        rotary_interleaved=0,
-    )
-    graph.rename_outputs(f"{name}.attention", [f"{name}.attention", f"present_key.{layer}", f"present_value.{layer}"])
-    for part in ("key", "value"):
-        graph.output(f"present_{part}.{layer}", TensorProto.FLOAT, shape)
-    return linears.emit_matrix(graph, f"{name}.attention", matrices[f"{name}.o_proj"], weights)
+    attention = Attention.of_layer(layer, qkv, config.heads, config.kv_heads)
+    attention.emit_portable(graph)
+    for past, present in attention.portable_cache(config.head_size):
+        graph.adopt_input(past)
+        graph.adopt_output(present)
+    return linears.emit_matrix(graph, attention.output, matrices[f"{name}.o_proj"], weights)
 
 
 def _norm(graph: GraphBuilder, name: str, source: str, weight: torch.Tensor, config: LlamaConfig) -> str:

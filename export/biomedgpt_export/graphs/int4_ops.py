@@ -1,9 +1,13 @@
-"""Graphs whose int4 products are the operators of csrc/ort instead of MatMulNBits, and back: the same matrices."""
+"""Decoder graphs with the operators of csrc/ort instead of ONNX Runtime's, and back: the same matrices.
+
+Int4 products become Int4Linear and Int4GateUp instead of MatMulNBits, and attention becomes CausalAttention instead of
+GroupQueryAttention, so that nothing that a position goes through depends on the positions beside it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from biomedgpt_edge.onnx_header import INT4_DOMAIN
+from biomedgpt_edge.onnx_header import INT4_DOMAIN, INT4_MATRICES
 
 from ..errors import ModelConfigError
 from ..quantize.int4 import GROUP_SIZES
+from .attention import HEAD_STEP, LENGTH, MAX_HEAD_SIZE, Attention, length_input
 from .builder import CONTRIB, GraphBuilder
 from .linear import ACCURACY_LEVELS, Activations, add_int4_product
 from .records import matrix_names, packed, records_name
@@ -84,12 +89,55 @@ def write_with_int4_ops(source: Path, target: Path) -> Replaced:
     gate_ups = list(_gate_ups(model, ours))
     gone = {name for operator in gate_ups for name in operator.inside}
     linears = [_Operator((node,), name) for name, node in ours.items() if name not in gone]
+    _check_heads(model, stored, source.name)
     graph = GraphBuilder(target)
     try:
         _write(graph, model, stored, {operator.output: operator for operator in gate_ups + linears}, gone)
     finally:
         graph.close()
     return Replaced(len(linears), len(gate_ups), len(products) - len(ours))
+
+
+def _check_heads(model: onnx.GraphProto, stored: StoredWeights, name: str) -> None:
+    """Whether the attention operator takes these heads."""
+    for attention in _attentions(model):
+        size = _head_size(attention, stored)
+        if size % HEAD_STEP or size > MAX_HEAD_SIZE:
+            raise ModelConfigError(
+                f"the heads of {name} have {size} elements.",
+                seen=size,
+                limit=f"multiples of {HEAD_STEP} up to {MAX_HEAD_SIZE}",
+                remedy="Use --decoder-layout portable.",
+            )
+
+
+def _attentions(model: onnx.GraphProto) -> list[Attention]:
+    return [attention for attention in map(Attention.read, model.node) if attention is not None]
+
+
+def _adopt_signature(
+    graph: GraphBuilder,
+    model: onnx.GraphProto,
+    caches: Iterable[tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]],
+    *,
+    without: Collection[str] = (),
+) -> None:
+    """Gives this graph the inputs, ``without`` some, and outputs of another one, with these for the KV cache."""
+    replaced = {value.name: value for pair in caches for value in pair}
+    for value in model.input:
+        if value.name not in without:
+            graph.adopt_input(replaced.get(value.name, value))
+    for value in model.output:
+        graph.adopt_output(replaced.get(value.name, value))
+
+
+def _adopt_tables(graph: GraphBuilder, attention: Attention, stored: StoredWeights) -> None:
+    for name in attention.rope:
+        graph.tensor(name, stored.array(name))
+
+
+def _head_size(attention: Attention, stored: StoredWeights) -> int:
+    return 2 * int(stored.array(attention.rope[0]).shape[1])
 
 
 def _is_product(node: onnx.NodeProto) -> bool:
@@ -139,15 +187,19 @@ def _write(
     operators: Mapping[str, _Operator],
     gone: set[str],
 ) -> None:
-    graph.adopt_signature(model)
+    caches = [pair for attention in _attentions(model) for pair in attention.own_cache()]
+    _adopt_signature(graph, model, caches, without={LENGTH})
     weights = {tensor.name for tensor in model.initializer}
     kept = [node for node in model.node if node.output[0] not in gone | operators.keys()]
     # Scales that nothing widens any more are left out.
     needed = {name for node in kept for name in node.input} | {output.name for output in model.output}
     for node in model.node:
-        operator = operators.get(node.output[0])
+        operator, attention = operators.get(node.output[0]), Attention.read(node)
         if operator is not None:
             _add_operator(graph, operator, stored)
+        elif attention is not None:
+            _adopt_tables(graph, attention, stored)
+            attention.emit_own(graph)
         elif node.output[0] not in gone and (node.op_type != "Cast" or node.output[0] in needed):
             _adopt(graph, node, weights, stored)
     graph.save()
@@ -174,9 +226,16 @@ def write_portable(source: Path, target: Path) -> None:
     weights = {tensor.name for tensor in model.initializer}
     graph = GraphBuilder(target)
     try:
-        graph.adopt_signature(model)
+        caches = [pair for own in _attentions(model) for pair in own.portable_cache(_head_size(own, stored))]
+        _adopt_signature(graph, model, caches)
+        if caches:
+            graph.adopt_input(length_input())
         for node in model.node:
-            if node.domain == INT4_DOMAIN:
+            attention = Attention.read(node)
+            if attention is not None:
+                _adopt_tables(graph, attention, stored)
+                attention.emit_portable(graph)
+            elif (node.domain, node.op_type) in INT4_MATRICES:
                 _add_products(graph, node, stored)
             else:
                 _adopt(graph, node, weights, stored)

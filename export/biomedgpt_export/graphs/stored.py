@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from biomedgpt_edge.onnx_header import INT4_DOMAIN
+from biomedgpt_edge.onnx_header import INT4_MATRICES
 
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
@@ -46,7 +46,7 @@ class StoredWeights:
         self._in_records = {
             name: _Place(node.input[1], turn, **{attribute.name: attribute.i for attribute in node.attribute})
             for node in model.graph.node
-            if node.domain == INT4_DOMAIN
+            if (node.domain, node.op_type) in INT4_MATRICES
             for turn, name in enumerate(matrix_names(node.input[1]))
         }
 

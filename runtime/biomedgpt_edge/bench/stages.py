@@ -201,12 +201,15 @@ class DecodeStage:
     group: str = "decode"
     bounded: str = "tpot"
 
+    def __post_init__(self) -> None:
+        self._kv = self.engine.decoder.kv  # asked for when the engine is closed
+
     @property
     def name(self) -> str:
         return f"decode tg{self.tokens} @ depth {self.depth}"
 
     def work(self) -> Work | None:
-        return decode_work(self.engine.bundle, self.depth, self.tokens)
+        return decode_work(self.engine.bundle, self._kv, self.depth, self.tokens)
 
     def run(self, turn: int, look: Look) -> Samples:
         prompt = max(1, self.depth)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ..bundle import Bundle
-from ..decoder.onnx import KV_DTYPE
+from ..decoder.kv_cache import KvLayout
 from ..manifest import DecoderSpec, ProteinEncoderSpec
 from ..onnx_header import INT4_MATRICES, read_header
 
@@ -54,13 +54,16 @@ def prefill_work(bundle: Bundle, positions: int) -> Work:
     return Work(graph_bytes(bundle, spec.graph), operations, _kind(bundle, spec.graph))
 
 
-def decode_work(bundle: Bundle, depth: int, tokens: int) -> Work:
+def decode_work(bundle: Bundle, kv: KvLayout, depth: int, tokens: int) -> Work:
     """Of one token, the mean over ``tokens`` after ``depth`` positions; each reads all weights and its past."""
     spec = bundle.manifest.decoder
     past = depth + (tokens + 1) / 2
-    kv = 2 * spec.layers * spec.kv_heads * spec.head_size * KV_DTYPE.itemsize * past
     operations = 2 * (_layer_weights(spec) + _head_weights(spec)) + 4 * spec.layers * spec.heads * spec.head_size * past
-    return Work(graph_bytes(bundle, spec.graph) + round(kv), round(operations), _kind(bundle, spec.graph))
+    return Work(
+        graph_bytes(bundle, spec.graph) + round(kv.bytes_per_position * past),
+        round(operations),
+        _kind(bundle, spec.graph),
+    )
 
 
 def protein_work(bundle: Bundle, spec: ProteinEncoderSpec, positions: int) -> Work:

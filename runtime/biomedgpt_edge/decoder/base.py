@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .kv_cache import KeyValues, KvLayout
+
 Logits = npt.NDArray[np.float32]
 Embeddings = npt.NDArray[np.float32]
-# [layers * 2, kv_heads, positions, head_size]: keys and values of layer 0, of layer 1, ...
-KeyValues = npt.NDArray[np.float32]
 
 
 class DecoderState(Protocol):
@@ -85,7 +85,12 @@ class Decoder(Protocol):
 
     @property
     def identity(self) -> str:
-        """What its bits depend on beside the bundle and the processor: engine, version, threads."""
+        """What its bits depend on beside the bundle and the processor: engine, version, threads, KV cache."""
+        ...
+
+    @property
+    def kv(self) -> KvLayout:
+        """How its KV caches lie in memory."""
         ...
 
     def open(self, capacity: int, start: KeyValues | None = None) -> DecoderState:

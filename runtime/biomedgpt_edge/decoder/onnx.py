@@ -6,7 +6,6 @@ in place and copies nothing. Steps reuse a binding and a set of buffers for each
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,12 +16,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ..bundle import Bundle
-from ..errors import ClosedError, KernelArgumentError, PlatformError
+from ..errors import ClosedError, KernelArgumentError, OptionError, PlatformError
 from ..int4_ops import register_int4_ops
 from ..manifest import RECORDS, DecoderSpec
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
-from .base import Embeddings, KeyValues, Logits
+from .base import Embeddings, Logits
+from .kv_cache import DEFAULT_KV_ELEMENT, KeyValues, KvElement, KvLayout, Values
 
 # Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
 # on, and since each head has its own stretch, the first position alone would touch nearly all of them. Small pages
@@ -30,24 +30,27 @@ from .base import Embeddings, KeyValues, Logits
 GROWTH = 256
 # MLAS computes rows of a matrix in blocks of 4 or more that differ by instruction set, and what is left over by another
 # kernel; a single row is attended to by yet another one. So rows agree where calls are cut at multiples of the blocks.
-TILE = 16
-
-# Of the KV cache: the CPU kernels are fastest with it.
-KV_DTYPE = np.dtype(np.float32)
+# With the operators of csrc/ort nothing that a row goes through depends on the number of rows.
+TILE, RECORDS_TILE = 16, 1
 
 
 class OnnxDecoder:
     """The decoder graph of a bundle, loaded.
 
+    Args:
+        kv_cache: what keys and values are stored as; None is fp32.
+
     Raises:
         BundleCorruptError: the graph cannot be loaded or does not fit the manifest.
+        OptionError: the KV cache of this graph cannot be stored so.
         PlatformError: it lies in records, and the operators for these cannot be used here.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int, kv_cache: KvElement | None = None) -> None:
         self.spec = bundle.manifest.decoder
         self.table = bundle.embeddings
-        inputs, outputs = _signature(self.spec)
+        self.kv = kv_layout(self.spec, kv_cache)
+        inputs, outputs = _signature(self.spec, self.kv)
         self.session = open_session(
             bundle.file(self.spec.graph),
             threads=threads,
@@ -55,12 +58,12 @@ class OnnxDecoder:
             outputs=outputs,
             register=register_int4_ops if self.spec.layout == RECORDS else None,
         )
-        self.identity = identity(threads)
+        self.identity = f"{identity(threads)}, KV cache {self.kv.element}"
 
     @property
     def tile(self) -> int:
         """See :class:`Decoder`."""
-        return TILE
+        return RECORDS_TILE if self.spec.layout == RECORDS else TILE
 
     def open(self, capacity: int, start: KeyValues | None = None) -> OnnxState:
         """See :meth:`Decoder.open`.
@@ -68,7 +71,7 @@ class OnnxDecoder:
         Raises:
             KernelArgumentError: ``start`` is not of this decoder.
         """
-        return OnnxState(self.session, self.spec, self.table, capacity, start)
+        return OnnxState(self.session, self.spec, self.kv, self.table, capacity, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,23 +85,25 @@ class _Steps:
 
 
 class OnnxState:
-    """One sequence: KV buffers of ``KV_DTYPE`` that grow up to a capacity."""
+    """One sequence: KV buffers that grow up to a capacity."""
 
     def __init__(
         self,
         session: ort.InferenceSession,
         spec: DecoderSpec,
+        kv: KvLayout,
         table: EmbeddingTable,
         capacity: int,
         start: KeyValues | None = None,
     ) -> None:
         self._session = session
         self._spec = spec
+        self._kv = kv
         self._table = table
         self._length = 0
         self._capacity = capacity
         self._room = 0
-        self._cache = _empty(spec)
+        self._cache = dict.fromkeys(kv.names, np.zeros(kv.shape(0), kv.dtype))
         self._last_position = np.zeros(1, np.int32)
         self._total_length = np.zeros((), np.int32)
         self._steps: dict[int, _Steps] = {}
@@ -120,9 +125,10 @@ class OnnxState:
             return
         room = min(self._capacity, -(-positions // GROWTH) * GROWTH)
         self._steps = {}
+        held = self._kv.entries(self._length)
         for name, old in self._cache.items():
-            buffer = _allocate(self._spec, room)
-            buffer[:, :, : self._length] = old[:, :, : self._length]
+            buffer = _allocate(self._kv, room)
+            buffer[..., :held, :] = old[..., :held, :]
             self._cache[name] = buffer
         self._room = room
 
@@ -163,7 +169,8 @@ class OnnxState:
 
     def key_values(self) -> KeyValues:
         """See :class:`DecoderState`."""
-        return np.concatenate([buffer[:, :, : self._length] for buffer in self._cache.values()])
+        held, leading = self._kv.entries(self._length), (0,) * len(self._kv.leading)
+        return KeyValues(self._length, np.stack([buffer[leading][:, :held] for buffer in self._cache.values()]))
 
     def close(self) -> None:
         """See :class:`DecoderState`."""
@@ -192,19 +199,18 @@ class OnnxState:
             )
 
     def _begin(self, start: KeyValues) -> None:
-        spec = self._spec
-        shape = (2 * spec.layers, spec.kv_heads, start.shape[2] if start.ndim == 4 else 1, spec.head_size)
-        if start.dtype != KV_DTYPE or start.shape != shape:
+        array, shape = start.array, self._kv.stacked(start.positions)
+        if array.dtype != self._kv.dtype or array.shape != shape:
             raise KernelArgumentError(
-                f"keys and values are {start.dtype}{list(start.shape)}.",
-                seen=str(list(start.shape)),
-                limit=f"float32 {list(shape)}",
+                f"keys and values are {array.dtype}{list(array.shape)}.",
+                seen=str(list(array.shape)),
+                limit=f"{self._kv.dtype} {list(shape)} for {start.positions} positions",
                 remedy="Take them from a state of the same decoder.",
             )
-        self.reserve(start.shape[2])
-        self._length = start.shape[2]
-        for buffer, values in zip(self._cache.values(), start, strict=True):
-            buffer[0, :, : self._length] = values
+        self.reserve(start.positions)
+        self._length = start.positions
+        for buffer, values in zip(self._cache.values(), array, strict=True):
+            buffer[..., : values.shape[1], :] = values
 
     def _bound_steps(self, count: int) -> _Steps:
         spec = self._spec
@@ -226,7 +232,8 @@ class OnnxState:
         _bind_input(binding, "inputs_embeds", embeddings[np.newaxis])
         _bind_input(binding, "logit_positions", positions)
         _bind_input(binding, "seqlens_k", self._last_position)
-        _bind_input(binding, "total_sequence_length", self._total_length)
+        if self._spec.layout != RECORDS:  # says nothing that the last position does not
+            _bind_input(binding, "total_sequence_length", self._total_length)
         _bind_output(binding, "logits", logits)
         for name, buffer in self._cache.items():
             _bind_input(binding, f"past_{name}", buffer)
@@ -238,22 +245,30 @@ class OnnxState:
             self._session.run_with_iobinding(binding)
 
 
-def _cache_names(spec: DecoderSpec) -> list[str]:
-    return [f"{part}.{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+def kv_layout(spec: DecoderSpec, element: KvElement | None) -> KvLayout:
+    """How the KV cache of a decoder lies in memory.
+
+    Raises:
+        OptionError: not with this element type.
+    """
+    if spec.layout == RECORDS:
+        return KvLayout.blocks(spec, element or DEFAULT_KV_ELEMENT)
+    if element not in (None, DEFAULT_KV_ELEMENT):
+        raise OptionError(
+            f"kv_cache is {element!r}, and the decoder is portable.",
+            seen=element,
+            limit="portable decoders store keys and values in fp32",
+            remedy="Leave it out, or use a bundle whose decoder lies in records.",
+        )
+    return KvLayout.rows(spec)
 
 
-def _empty(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:
-    nothing = np.zeros((1, spec.kv_heads, 0, spec.head_size), KV_DTYPE)
-    return dict.fromkeys(_cache_names(spec), nothing)
-
-
-def _allocate(spec: DecoderSpec, room: int) -> npt.NDArray[np.float32]:
+def _allocate(kv: KvLayout, room: int) -> Values:
     """One side of one layer."""
-    shape = (1, spec.kv_heads, room, spec.head_size)
     try:
-        return np.zeros(shape, KV_DTYPE)
+        return np.zeros(kv.shape(room), kv.dtype)
     except (MemoryError, ValueError) as error:
-        size = 2 * spec.layers * KV_DTYPE.itemsize * math.prod(shape)
+        size = kv.bytes(room)
         raise PlatformError(
             f"the KV cache of {room:,} positions takes {size / 2**30:,.1f} GiB, which this machine does not give.",
             seen=size,
@@ -269,18 +284,21 @@ def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> 
     binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def _signature(spec: DecoderSpec) -> tuple[Signature, Signature]:
-    cache: tuple[str, list[int | None]] = ("tensor(float)", [1, spec.kv_heads, None, spec.head_size])
-    names = _cache_names(spec)
+def _signature(spec: DecoderSpec, kv: KvLayout) -> tuple[Signature, Signature]:
+    *leading, heads, _, width = kv.shape(0)
+    blocks = spec.layout == RECORDS
+    # The width of a block says the element type, which the graph leaves open.
+    shape: list[int | None] = [*leading, heads, None, None if blocks else width]
+    cache = "tensor(uint8)" if blocks else "tensor(float)", shape
     inputs: dict[str, tuple[str, list[int | None]]] = {
         "inputs_embeds": ("tensor(float)", [1, None, spec.hidden_size]),
         "logit_positions": ("tensor(int64)", [None]),
         "seqlens_k": ("tensor(int32)", [1]),
-        "total_sequence_length": ("tensor(int32)", []),
-        **{f"past_{name}": cache for name in names},
+        **({} if blocks else {"total_sequence_length": ("tensor(int32)", [])}),
+        **{f"past_{name}": cache for name in kv.names},
     }
     outputs: dict[str, tuple[str, list[int | None]]] = {
         "logits": ("tensor(float)", [None, spec.vocabulary]),
-        **{f"present_{name}": cache for name in names},
+        **{f"present_{name}": cache for name in kv.names},
     }
     return inputs, outputs

@@ -1,0 +1,361 @@
+// The loops of attention, as templates over an instruction set and an element type of the cache. In an unnamed
+// namespace, and without standard containers and algorithms, for the reason that splice_kernel.h gives.
+//
+// An `Isa` has
+//   kLanes                 floats in a vector, a divisor of 16
+//   kRows, kBlocks         rows, and blocks of the cache, whose scores are summed at once; kBlocks is for a single row
+//   kRowVectors, kVectors  vectors of a row of y that are summed at once, for kRows rows and for a single one
+//   Floats
+//   zero(), set(float), load(p), store(p, f), fma(f, g, h), load_halves(p), load_bytes(p), store_halves(p, f)
+#pragma once
+
+#include <cstring>
+
+#include "attention/attention_path.h"
+#include "common/exponential.h"
+#include "common/half.h"
+#include "common/quantize.h"
+#include "common/unroll.h"
+
+namespace biomedgpt {
+namespace {
+
+// Positions whose scores are computed before sums are rescaled. Counted from 0, so that it is the same for every row.
+constexpr int64_t kTile = 128, kTileBlocks = kTile / kKvBlock;
+// Sums over positions that go on side by side, whatever the length of a vector.
+constexpr int64_t kSums = 16;
+
+constexpr int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+template <class Isa>
+struct F32 {
+    static constexpr int64_t kBytes = 4;
+    static constexpr bool kScaled = false;
+    static typename Isa::Floats load(const uint8_t* from) { return Isa::load(reinterpret_cast<const float*>(from)); }
+};
+
+template <class Isa>
+struct F16 {
+    static constexpr int64_t kBytes = 2;
+    static constexpr bool kScaled = false;
+    static typename Isa::Floats load(const uint8_t* from) { return Isa::load_halves(from); }
+};
+
+template <class Isa>
+struct I8 {
+    static constexpr int64_t kBytes = 1;
+    static constexpr bool kScaled = true;
+    static typename Isa::Floats load(const uint8_t* from) { return Isa::load_bytes(from); }
+};
+
+// A row's way through the cache.
+struct Row {
+    alignas(64) float query[kMaxHeadSize];
+    alignas(64) float scores[kTile];  // later the weights of values
+    alignas(64) float sums[kMaxHeadSize];
+    alignas(64) float weights[kSums];  // added up
+    float largest;
+};
+
+// One head vector, rotated: its first half is the real parts, its second the imaginary ones.
+inline void rotate(const float* __restrict from, const float* __restrict cos, const float* __restrict sin, int64_t size,
+                   float factor, float* __restrict to) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        to[i] = (from[i] * cos[i] - from[half + i] * sin[i]) * factor;
+        to[half + i] = (from[half + i] * cos[i] + from[i] * sin[i]) * factor;
+    }
+}
+
+// Elements of one head vector as the cache has them, `step` elements apart; returns their scale.
+template <class Element>
+float put(const Element* from, int64_t count, int64_t step, uint8_t* to) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * step * int64_t{sizeof *from}, from + i, sizeof *from);
+    return 1.0f;
+}
+
+template <class Isa>
+float put_vector(const KvShape& shape, const float* from, int64_t step, uint8_t* to) {
+    const int64_t size = shape.head_size;
+    if (shape.format == KvFormat::f32) return put(from, size, step, to);
+    if (shape.format == KvFormat::f16) {
+        uint16_t halves[kMaxHeadSize];
+        for (int64_t i = 0; i < size; i += Isa::kLanes) Isa::store_halves(halves + i, Isa::load(from + i));
+        return put(halves, size, step, to);
+    }
+    int8_t bytes[kMaxHeadSize];
+    float scale;
+    quantize_bytes(from, size, bytes, &scale);
+    put(bytes, size, step, to);
+    return scale;
+}
+
+inline void put_scale(const KvShape& shape, uint8_t* block, int64_t position, float scale) {
+    if (shape.scale_bytes() == 0) return;
+    uint8_t* scales = block + shape.block_bytes() - shape.scale_bytes();
+    std::memcpy(scales + position * int64_t{sizeof scale}, &scale, sizeof scale);
+}
+
+template <class Isa>
+void append(const AttentionHead& head, const AttentionRows& rows, const float* keys, const float* values) {
+    const KvShape& shape = head.shape;
+    const int64_t size = shape.head_size, element = shape.element_bytes(), half = size / 2;
+    for (int64_t i = 0; i < rows.count; ++i) {
+        const int64_t position = (rows.first + i) % kKvBlock;
+        const int64_t offset = (rows.first + i) / kKvBlock * shape.block_bytes();
+        float key[kMaxHeadSize];
+        rotate(keys + i * rows.stride, rows.cos + i * half, rows.sin + i * half, size, 1.0f, key);
+        uint8_t* block = head.keys + offset;
+        put_scale(shape, block, position, put_vector<Isa>(shape, key, kKvBlock, block + position * element));
+        block = head.values + offset;
+        const float* value = values + i * rows.stride;
+        put_scale(shape, block, position, put_vector<Isa>(shape, value, 1, block + position * size * element));
+    }
+}
+
+inline const float* scales_of(const KvShape& shape, const uint8_t* block) {
+    return reinterpret_cast<const float*>(block + shape.block_bytes() - shape.scale_bytes());
+}
+
+// scores = queries times keys, for kBlocks blocks of the cache and kRows rows.
+template <class Isa, template <class> class Format, int kRows, int kBlocks>
+__attribute__((always_inline)) inline void score(const KvShape& shape, const uint8_t* keys, Row* rows, int64_t first) {
+    constexpr int kVectors = kKvBlock / Isa::kLanes;
+    constexpr int64_t kBytes = Format<Isa>::kBytes;
+    const int64_t block_bytes = shape.block_bytes(), size = shape.head_size;
+    typename Isa::Floats sums[kRows][kBlocks][kVectors];
+    BIOMEDGPT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        BIOMEDGPT_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+            BIOMEDGPT_UNROLL
+            for (int v = 0; v < kVectors; ++v) sums[r][b][v] = Isa::zero();
+        }
+    }
+    for (int64_t i = 0; i < size; ++i) {
+        typename Isa::Floats elements[kBlocks][kVectors];
+        BIOMEDGPT_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+            BIOMEDGPT_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                elements[b][v] = Format<Isa>::load(keys + b * block_bytes + (i * kKvBlock + v * Isa::kLanes) * kBytes);
+            }
+        }
+        BIOMEDGPT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            const typename Isa::Floats query = Isa::set(rows[r].query[i]);
+            BIOMEDGPT_UNROLL
+            for (int b = 0; b < kBlocks; ++b) {
+                BIOMEDGPT_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
+                    sums[r][b][v] = Isa::fma(query, elements[b][v], sums[r][b][v]);
+                }
+            }
+        }
+    }
+    BIOMEDGPT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        BIOMEDGPT_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+            BIOMEDGPT_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                Isa::store(rows[r].scores + first + b * kKvBlock + v * Isa::kLanes, sums[r][b][v]);
+            }
+        }
+    }
+}
+
+template <class Isa, template <class> class Format, int kRows>
+void score_tile(const KvShape& shape, const uint8_t* keys, int64_t blocks, Row* rows) {
+    constexpr int kBlocks = kRows == 1 ? Isa::kBlocks : Isa::kRowBlocks;
+    const int64_t block_bytes = shape.block_bytes();
+    int64_t block = 0;
+    for (; block + kBlocks <= blocks; block += kBlocks) {
+        score<Isa, Format, kRows, kBlocks>(shape, keys + block * block_bytes, rows, block * kKvBlock);
+    }
+    for (; block < blocks; ++block) {
+        score<Isa, Format, kRows, 1>(shape, keys + block * block_bytes, rows, block * kKvBlock);
+    }
+    if (!Format<Isa>::kScaled) return;
+    for (block = 0; block < blocks; ++block) {
+        const float* scales = scales_of(shape, keys + block * block_bytes);
+        for (int r = 0; r < kRows; ++r) {
+            float* scores = rows[r].scores + block * kKvBlock;
+            for (int64_t i = 0; i < kKvBlock; ++i) scores[i] *= scales[i];
+        }
+    }
+}
+
+// Makes weights of the first `count` scores, and brings the row's sums to what is the largest score now.
+inline void weigh(Row& row, int64_t count, int64_t size) {
+    const int64_t whole = (count + kSums - 1) / kSums * kSums;
+    for (int64_t i = count; i < whole; ++i) row.scores[i] = -__builtin_inff();
+    float lanes[kSums];
+    for (int64_t i = 0; i < kSums; ++i) lanes[i] = row.largest;
+    for (int64_t first = 0; first < whole; first += kSums) {
+        const float* scores = row.scores + first;
+        for (int64_t i = 0; i < kSums; ++i) lanes[i] = scores[i] > lanes[i] ? scores[i] : lanes[i];
+    }
+    float largest = lanes[0];
+    for (int64_t i = 1; i < kSums; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+    if (largest > row.largest) {
+        const float shrunk = exponential(row.largest - largest);
+        for (int64_t i = 0; i < size; ++i) row.sums[i] *= shrunk;
+        for (int64_t i = 0; i < kSums; ++i) row.weights[i] *= shrunk;
+        row.largest = largest;
+    }
+    for (int64_t first = 0; first < whole; first += kSums) {
+        float* scores = row.scores + first;
+        for (int64_t i = 0; i < kSums; ++i) {
+            const float distance = scores[i] - largest;
+            const float weight = exponential(distance);
+            scores[i] = distance == distance ? weight : distance;  // a NaN stays one
+        }
+        const int64_t left = count - first;
+        if (left < kSums) {
+            for (int64_t i = left; i < kSums; ++i) scores[i] = 0.0f;
+        }
+        for (int64_t i = 0; i < kSums; ++i) row.weights[i] += scores[i];
+    }
+}
+
+// sums += weights times values, over positions from <= i < to of a tile.
+template <class Isa, template <class> class Format, int kRows, int kVectors>
+__attribute__((always_inline)) inline void add_vectors(const KvShape& shape, const uint8_t* values, int64_t from,
+                                                       int64_t to, Row* rows, int64_t element) {
+    constexpr int64_t kBytes = Format<Isa>::kBytes;
+    const int64_t block_bytes = shape.block_bytes(), size = shape.head_size;
+    typename Isa::Floats sums[kRows][kVectors];
+    BIOMEDGPT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        BIOMEDGPT_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Isa::load(rows[r].sums + element + v * Isa::kLanes);
+    }
+    for (int64_t i = from; i < to; ++i) {
+        const uint8_t* value = values + i / kKvBlock * block_bytes + (i % kKvBlock * size + element) * kBytes;
+        typename Isa::Floats elements[kVectors];
+        BIOMEDGPT_UNROLL
+        for (int v = 0; v < kVectors; ++v) elements[v] = Format<Isa>::load(value + v * Isa::kLanes * kBytes);
+        BIOMEDGPT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            const typename Isa::Floats weight = Isa::set(rows[r].scores[i]);
+            BIOMEDGPT_UNROLL
+            for (int v = 0; v < kVectors; ++v) sums[r][v] = Isa::fma(weight, elements[v], sums[r][v]);
+        }
+    }
+    BIOMEDGPT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        BIOMEDGPT_UNROLL
+        for (int v = 0; v < kVectors; ++v) Isa::store(rows[r].sums + element + v * Isa::kLanes, sums[r][v]);
+    }
+}
+
+template <class Isa, template <class> class Format, int kRows>
+void add_values(const KvShape& shape, const uint8_t* values, int64_t from, int64_t to, Row* rows) {
+    constexpr int kVectors = kRows == 1 ? Isa::kVectors : Isa::kRowVectors;
+    if (from >= to) return;
+    int64_t element = 0;
+    for (; element + kVectors * Isa::kLanes <= shape.head_size; element += kVectors * Isa::kLanes) {
+        add_vectors<Isa, Format, kRows, kVectors>(shape, values, from, to, rows, element);
+    }
+    for (; element < shape.head_size; element += Isa::kLanes) {
+        add_vectors<Isa, Format, kRows, 1>(shape, values, from, to, rows, element);
+    }
+}
+
+// One tile of positions for kRows rows, `count` of which the first row attends to, and each further row one more.
+template <class Isa, template <class> class Format, int kRows>
+void attend_tile(const AttentionHead& head, int64_t block, int64_t count, Row* rows) {
+    const KvShape& shape = head.shape;
+    const uint8_t* keys = head.keys + block * shape.block_bytes();
+    const uint8_t* values = head.values + block * shape.block_bytes();
+    const int64_t most = smaller(kTile, count + kRows - 1);
+    score_tile<Isa, Format, kRows>(shape, keys, (most + kKvBlock - 1) / kKvBlock, rows);
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t seen = smaller(kTile, count + r);
+        if (seen <= 0) continue;
+        weigh(rows[r], seen, shape.head_size);
+        if (!Format<Isa>::kScaled) continue;
+        for (int64_t i = 0; i < seen; ++i) {
+            rows[r].scores[i] *= scales_of(shape, values + i / kKvBlock * shape.block_bytes())[i % kKvBlock];
+        }
+    }
+    // What a row does not attend to is not even multiplied by 0, for it may be no number.
+    const int64_t common = count < 0 ? 0 : smaller(kTile, count);
+    add_values<Isa, Format, kRows>(shape, values, 0, common, rows);
+    for (int r = 1; r < kRows; ++r) {
+        add_values<Isa, Format, 1>(shape, values, common, smaller(kTile, count + r), rows + r);
+    }
+}
+
+template <class Isa>
+void begin(const AttentionRows& rows, const float* queries, int64_t size, Row* all) {
+    const int64_t half = size / 2;
+    const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+    for (int64_t r = 0; r < rows.count; ++r) {
+        Row& row = all[r];
+        rotate(queries + r * rows.stride, rows.cos + r * half, rows.sin + r * half, size, factor, row.query);
+        std::memset(row.sums, 0, sizeof row.sums);
+        std::memset(row.weights, 0, sizeof row.weights);
+        row.largest = -__builtin_inff();
+    }
+}
+
+inline void finish(const Row& row, int64_t size, float* y) {
+    float weights[kSums];
+    std::memcpy(weights, row.weights, sizeof weights);
+    for (int64_t step = kSums / 2; step > 0; step /= 2) {
+        for (int64_t i = 0; i < step; ++i) weights[i] += weights[step + i];
+    }
+    for (int64_t i = 0; i < size; ++i) y[i] = row.sums[i] / weights[0];
+}
+
+template <class Isa, template <class> class Format, int kRows>
+void attend_rows(const AttentionHead& head, int64_t first, Row* rows) {
+    for (int64_t start = 0; start < first + kRows; start += kTile) {
+        attend_tile<Isa, Format, kRows>(head, start / kKvBlock, first + 1 - start, rows);
+    }
+}
+
+template <class Isa, template <class> class Format>
+void attend_all(const AttentionHead& head, int64_t first, int64_t count, Row* rows) {
+    for (; count >= Isa::kRows; count -= Isa::kRows, first += Isa::kRows, rows += Isa::kRows) {
+        attend_rows<Isa, Format, Isa::kRows>(head, first, rows);
+    }
+    if constexpr (Isa::kRows > 4) {
+        for (; count >= 4; count -= 4, first += 4, rows += 4) attend_rows<Isa, Format, 4>(head, first, rows);
+    }
+    if constexpr (Isa::kRows > 2) {
+        for (; count >= 2; count -= 2, first += 2, rows += 2) attend_rows<Isa, Format, 2>(head, first, rows);
+    }
+    for (; count >= 1; --count, ++first, ++rows) attend_rows<Isa, Format, 1>(head, first, rows);
+}
+
+template <class Isa>
+void attend(const AttentionHead& head, const AttentionRows& rows, const float* queries, float* y, int64_t y_stride) {
+    const int64_t size = head.shape.head_size;
+    Row all[kAttentionRows];
+    begin<Isa>(rows, queries, size, all);
+    switch (head.shape.format) {
+        case KvFormat::f32:
+            attend_all<Isa, F32>(head, rows.first, rows.count, all);
+            break;
+        case KvFormat::f16:
+            attend_all<Isa, F16>(head, rows.first, rows.count, all);
+            break;
+        case KvFormat::i8:
+            attend_all<Isa, I8>(head, rows.first, rows.count, all);
+            break;
+    }
+    for (int64_t r = 0; r < rows.count; ++r) finish(all[r], size, y + r * y_stride);
+}
+
+template <class Isa>
+constexpr AttentionPath attention_path(const char* name) {
+    return {name, append<Isa>, attend<Isa>};
+}
+
+}  // namespace
+}  // namespace biomedgpt
