@@ -100,6 +100,7 @@ class Heads {
 // Rows that a thread takes at once: a head's cache comes into its own once for all of them.
 constexpr int64_t kRowsAtOnce = 64;
 static_assert(kRowsAtOnce % kAttentionRows == 0);
+constexpr int64_t kFewRows = 8;
 
 }  // namespace
 
@@ -108,7 +109,7 @@ void causal_attention(const AttentionArgs& args, const AttentionOptions& options
     check_attention(args);
     const Heads heads(args, path);
     const int64_t kv_heads = args.cache.shape.heads, group = heads.group();
-    if (args.rows <= kAttentionRows) {
+    if (args.rows <= kFewRows) {
         // Little to do: threads are asked only once.
         options.parallel(args.rows == 0 ? 0 : kv_heads, [&](int64_t kv_head) {
             heads.append(kv_head);

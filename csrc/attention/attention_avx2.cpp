@@ -16,6 +16,7 @@ struct Avx2 {
     static Floats load(const float* from) { return _mm256_loadu_ps(from); }
     static void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+    static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
     static Floats load_halves(const uint8_t* from) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }

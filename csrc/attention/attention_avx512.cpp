@@ -16,6 +16,7 @@ struct Avx512 {
     static Floats load(const float* from) { return _mm512_loadu_ps(from); }
     static void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static Floats load_halves(const uint8_t* from) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }

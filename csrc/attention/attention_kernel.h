@@ -3,10 +3,12 @@
 //
 // An `Isa` has
 //   kLanes                 floats in a vector, a divisor of 16
-//   kRows, kBlocks         rows, and blocks of the cache, whose scores are summed at once; kBlocks is for a single row
-//   kRowVectors, kVectors  vectors of a row of y that are summed at once, for kRows rows and for a single one
+//   kRows                  rows that are summed at once
+//   kRowBlocks, kBlocks    blocks of the cache whose scores are summed at once, for kRows rows and for a single one
+//   kRowVectors, kVectors  vectors of a row of y, likewise
 //   Floats
 //   zero(), set(float), load(p), store(p, f), fma(f, g, h), load_halves(p), load_bytes(p), store_halves(p, f)
+//   max(f, g)              f > g ? f : g
 #pragma once
 
 #include <cstring>
@@ -167,39 +169,91 @@ __attribute__((always_inline)) inline void score(const KvShape& shape, const uin
     }
 }
 
-template <class Isa, template <class> class Format, int kRows>
-void score_tile(const KvShape& shape, const uint8_t* keys, int64_t blocks, Row* rows) {
-    constexpr int kBlocks = kRows == 1 ? Isa::kBlocks : Isa::kRowBlocks;
-    const int64_t block_bytes = shape.block_bytes();
+template <int kValue>
+struct Count {
+    static constexpr int value = kValue;
+};
+
+// Calls work(Count<n>, row) for the rows from <= row < to, n at a time: as many as registers have room for, then fewer.
+template <class Isa, class Work>
+void in_groups(int64_t from, int64_t to, const Work& work) {
+    for (; to - from >= Isa::kRows; from += Isa::kRows) work(Count<Isa::kRows>(), from);
+    if constexpr (Isa::kRows > 4) {
+        for (; to - from >= 4; from += 4) work(Count<4>(), from);
+    }
+    if constexpr (Isa::kRows > 2) {
+        for (; to - from >= 2; from += 2) work(Count<2>(), from);
+    }
+    for (; from < to; ++from) work(Count<1>(), from);
+}
+
+// A tile of positions, and what rows see of it.
+struct Tile {
+    KvShape shape;
+    const uint8_t* keys;
+    const uint8_t* values;
+    int64_t seen_first;  // positions from its beginning up to the first row's own; may be none, or more than it has
+
+    int64_t seen(int64_t row) const { return smaller(kTile, seen_first + row); }
+};
+
+template <class Isa, template <class> class Format, int kBlocks>
+void score_blocks(const Tile& tile, int64_t block, int64_t from, int64_t to, Row* rows) {
+    const uint8_t* keys = tile.keys + block * tile.shape.block_bytes();
+    in_groups<Isa>(from, to, [&](auto count, int64_t row) {
+        constexpr int kRows = decltype(count)::value;
+        if (block * kKvBlock >= tile.seen(row + kRows - 1)) return;
+        score<Isa, Format, kRows, kBlocks>(tile.shape, keys, rows + row, block * kKvBlock);
+    });
+}
+
+// Scores of rows from <= row < to. A few blocks stay in the L1 cache while all rows pass over them.
+template <class Isa, template <class> class Format>
+void score_tile(const Tile& tile, int64_t from, int64_t to, Row* rows) {
+    const int64_t blocks = (tile.seen(to - 1) + kKvBlock - 1) / kKvBlock;
     int64_t block = 0;
-    for (; block + kBlocks <= blocks; block += kBlocks) {
-        score<Isa, Format, kRows, kBlocks>(shape, keys + block * block_bytes, rows, block * kKvBlock);
-    }
-    for (; block < blocks; ++block) {
-        score<Isa, Format, kRows, 1>(shape, keys + block * block_bytes, rows, block * kKvBlock);
-    }
-    if (!Format<Isa>::kScaled) return;
-    for (block = 0; block < blocks; ++block) {
-        const float* scales = scales_of(shape, keys + block * block_bytes);
-        for (int r = 0; r < kRows; ++r) {
-            float* scores = rows[r].scores + block * kKvBlock;
-            for (int64_t i = 0; i < kKvBlock; ++i) scores[i] *= scales[i];
+    if (to - from == 1) {
+        for (; block + Isa::kBlocks <= blocks; block += Isa::kBlocks) {
+            const uint8_t* keys = tile.keys + block * tile.shape.block_bytes();
+            score<Isa, Format, 1, Isa::kBlocks>(tile.shape, keys, rows + from, block * kKvBlock);
         }
+    }
+    for (; block + Isa::kRowBlocks <= blocks; block += Isa::kRowBlocks) {
+        score_blocks<Isa, Format, Isa::kRowBlocks>(tile, block, from, to, rows);
+    }
+    for (; block < blocks; ++block) score_blocks<Isa, Format, 1>(tile, block, from, to, rows);
+}
+
+inline void scale_scores(const KvShape& shape, const uint8_t* blocks, int64_t count, Row& row) {
+    for (int64_t first = 0; first < count; first += kKvBlock) {
+        const float* scales = scales_of(shape, blocks + first / kKvBlock * shape.block_bytes());
+        for (int64_t i = 0; i < kKvBlock; ++i) row.scores[first + i] *= scales[i];
     }
 }
 
+// Of `largest` and `count` scores, a multiple of kSums. What is no number is never the largest.
+template <class Isa>
+float largest_of(const float* scores, int64_t count, float largest) {
+    constexpr int kVectors = kSums / Isa::kLanes;
+    typename Isa::Floats most[kVectors];
+    BIOMEDGPT_UNROLL
+    for (int v = 0; v < kVectors; ++v) most[v] = Isa::set(largest);
+    for (int64_t i = 0; i < count; i += kSums) {
+        BIOMEDGPT_UNROLL
+        for (int v = 0; v < kVectors; ++v) most[v] = Isa::max(Isa::load(scores + i + v * Isa::kLanes), most[v]);
+    }
+    float lanes[kSums];
+    for (int v = 0; v < kVectors; ++v) Isa::store(lanes + v * Isa::kLanes, most[v]);
+    for (int64_t i = 0; i < kSums; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+
 // Makes weights of the first `count` scores, and brings the row's sums to what is the largest score now.
-inline void weigh(Row& row, int64_t count, int64_t size) {
+template <class Isa>
+void weigh(Row& row, int64_t count, int64_t size) {
     const int64_t whole = (count + kSums - 1) / kSums * kSums;
     for (int64_t i = count; i < whole; ++i) row.scores[i] = -__builtin_inff();
-    float lanes[kSums];
-    for (int64_t i = 0; i < kSums; ++i) lanes[i] = row.largest;
-    for (int64_t first = 0; first < whole; first += kSums) {
-        const float* scores = row.scores + first;
-        for (int64_t i = 0; i < kSums; ++i) lanes[i] = scores[i] > lanes[i] ? scores[i] : lanes[i];
-    }
-    float largest = lanes[0];
-    for (int64_t i = 1; i < kSums; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+    const float largest = largest_of<Isa>(row.scores, whole, row.largest);
     if (largest > row.largest) {
         const float shrunk = exponential(row.largest - largest);
         for (int64_t i = 0; i < size; ++i) row.sums[i] *= shrunk;
@@ -252,42 +306,48 @@ __attribute__((always_inline)) inline void add_vectors(const KvShape& shape, con
     }
 }
 
-template <class Isa, template <class> class Format, int kRows>
-void add_values(const KvShape& shape, const uint8_t* values, int64_t from, int64_t to, Row* rows) {
-    constexpr int kVectors = kRows == 1 ? Isa::kVectors : Isa::kRowVectors;
-    if (from >= to) return;
-    int64_t element = 0;
-    for (; element + kVectors * Isa::kLanes <= shape.head_size; element += kVectors * Isa::kLanes) {
-        add_vectors<Isa, Format, kRows, kVectors>(shape, values, from, to, rows, element);
-    }
-    for (; element < shape.head_size; element += Isa::kLanes) {
-        add_vectors<Isa, Format, kRows, 1>(shape, values, from, to, rows, element);
-    }
+template <class Isa, template <class> class Format, int kVectors>
+void add_elements(const Tile& tile, int64_t element, int64_t from, int64_t to, Row* rows) {
+    in_groups<Isa>(from, to, [&](auto count, int64_t row) {
+        constexpr int kRows = decltype(count)::value;
+        // What a row does not attend to is not even multiplied by 0, for it may be no number.
+        const int64_t common = tile.seen(row);
+        add_vectors<Isa, Format, kRows, kVectors>(tile.shape, tile.values, 0, common, rows + row, element);
+        for (int64_t r = row + 1; r < row + kRows; ++r) {
+            add_vectors<Isa, Format, 1, kVectors>(tile.shape, tile.values, common, tile.seen(r), rows + r, element);
+        }
+    });
 }
 
-// One tile of positions for kRows rows, `count` of which the first row attends to, and each further row one more.
-template <class Isa, template <class> class Format, int kRows>
-void attend_tile(const AttentionHead& head, int64_t block, int64_t count, Row* rows) {
-    const KvShape& shape = head.shape;
-    const uint8_t* keys = head.keys + block * shape.block_bytes();
-    const uint8_t* values = head.values + block * shape.block_bytes();
-    const int64_t most = smaller(kTile, count + kRows - 1);
-    score_tile<Isa, Format, kRows>(shape, keys, (most + kKvBlock - 1) / kKvBlock, rows);
-    for (int r = 0; r < kRows; ++r) {
-        const int64_t seen = smaller(kTile, count + r);
-        if (seen <= 0) continue;
-        weigh(rows[r], seen, shape.head_size);
-        if (!Format<Isa>::kScaled) continue;
-        for (int64_t i = 0; i < seen; ++i) {
-            rows[r].scores[i] *= scales_of(shape, values + i / kKvBlock * shape.block_bytes())[i % kKvBlock];
+// Some elements of the values stay in the L1 cache while all rows pass over them.
+template <class Isa, template <class> class Format>
+void add_values(const Tile& tile, int64_t from, int64_t to, Row* rows) {
+    const int64_t size = tile.shape.head_size;
+    int64_t element = 0;
+    if (to - from == 1) {
+        constexpr int64_t kStep = Isa::kVectors * Isa::kLanes;
+        for (; element + kStep <= size; element += kStep) {
+            const int64_t seen = tile.seen(from);
+            add_vectors<Isa, Format, 1, Isa::kVectors>(tile.shape, tile.values, 0, seen, rows + from, element);
         }
     }
-    // What a row does not attend to is not even multiplied by 0, for it may be no number.
-    const int64_t common = count < 0 ? 0 : smaller(kTile, count);
-    add_values<Isa, Format, kRows>(shape, values, 0, common, rows);
-    for (int r = 1; r < kRows; ++r) {
-        add_values<Isa, Format, 1>(shape, values, common, smaller(kTile, count + r), rows + r);
+    constexpr int64_t kStep = Isa::kRowVectors * Isa::kLanes;
+    for (; element + kStep <= size; element += kStep) {
+        add_elements<Isa, Format, Isa::kRowVectors>(tile, element, from, to, rows);
     }
+    for (; element < size; element += Isa::kLanes) add_elements<Isa, Format, 1>(tile, element, from, to, rows);
+}
+
+template <class Isa, template <class> class Format>
+void attend_tile(const Tile& tile, int64_t from, int64_t to, Row* rows) {
+    score_tile<Isa, Format>(tile, from, to, rows);
+    for (int64_t r = from; r < to; ++r) {
+        const int64_t seen = tile.seen(r);
+        if (Format<Isa>::kScaled) scale_scores(tile.shape, tile.keys, seen, rows[r]);
+        weigh<Isa>(rows[r], seen, tile.shape.head_size);
+        if (Format<Isa>::kScaled) scale_scores(tile.shape, tile.values, seen, rows[r]);
+    }
+    add_values<Isa, Format>(tile, from, to, rows);
 }
 
 template <class Isa>
@@ -312,25 +372,13 @@ inline void finish(const Row& row, int64_t size, float* y) {
     for (int64_t i = 0; i < size; ++i) y[i] = row.sums[i] / weights[0];
 }
 
-template <class Isa, template <class> class Format, int kRows>
-void attend_rows(const AttentionHead& head, int64_t first, Row* rows) {
-    for (int64_t start = 0; start < first + kRows; start += kTile) {
-        attend_tile<Isa, Format, kRows>(head, start / kKvBlock, first + 1 - start, rows);
-    }
-}
-
 template <class Isa, template <class> class Format>
 void attend_all(const AttentionHead& head, int64_t first, int64_t count, Row* rows) {
-    for (; count >= Isa::kRows; count -= Isa::kRows, first += Isa::kRows, rows += Isa::kRows) {
-        attend_rows<Isa, Format, Isa::kRows>(head, first, rows);
+    for (int64_t start = 0; start < first + count; start += kTile) {
+        const int64_t offset = start / kKvBlock * head.shape.block_bytes();
+        const Tile tile{head.shape, head.keys + offset, head.values + offset, first + 1 - start};
+        attend_tile<Isa, Format>(tile, start > first ? start - first : 0, count, rows);
     }
-    if constexpr (Isa::kRows > 4) {
-        for (; count >= 4; count -= 4, first += 4, rows += 4) attend_rows<Isa, Format, 4>(head, first, rows);
-    }
-    if constexpr (Isa::kRows > 2) {
-        for (; count >= 2; count -= 2, first += 2, rows += 2) attend_rows<Isa, Format, 2>(head, first, rows);
-    }
-    for (; count >= 1; --count, ++first, ++rows) attend_rows<Isa, Format, 1>(head, first, rows);
 }
 
 template <class Isa>

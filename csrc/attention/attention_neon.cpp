@@ -16,6 +16,7 @@ struct Neon {
     static Floats load(const float* from) { return vld1q_f32(from); }
     static void store(float* to, Floats values) { vst1q_f32(to, values); }
     static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+    static Floats max(Floats a, Floats b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
     static Floats load_halves(const uint8_t* from) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from))); }
     static Floats load_bytes(const uint8_t* from) {
         int32_t quad;

@@ -8,8 +8,9 @@
 
 namespace biomedgpt {
 
-// Rows that attend in one pass over the cache, at most. Sums of so many and their scores stay in the L1 cache.
-constexpr int64_t kAttentionRows = 8;
+// Rows that attend in one pass over the cache, at most: so many of their queries, or of their scores, stay in the L1
+// cache beside a part of a tile.
+constexpr int64_t kAttentionRows = 32;
 
 // Some rows of one query head, or of one head of keys and values.
 struct AttentionRows {

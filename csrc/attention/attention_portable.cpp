@@ -28,6 +28,9 @@ struct Portable {
     static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
         return each([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
     }
+    static Floats max(const Floats& a, const Floats& b) {
+        return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
     static Floats load_halves(const uint8_t* from) {
         uint16_t halves[kLanes];
         std::memcpy(halves, from, sizeof halves);
