@@ -266,7 +266,7 @@ def kv_layout(spec: DecoderSpec, element: KvElement | None) -> KvLayout:
 
 
 def _allocate(kv: KvLayout, room: int) -> Values:
-    """One side of one layer, zeros, on a cache line: vectors of 64 bytes would be read from two lines each otherwise."""
+    """One side of one layer, on a cache line: vectors of 64 bytes would be read from two lines each otherwise."""
     shape = kv.shape(room)
     size = kv.dtype.itemsize * math.prod(shape)
     try:
