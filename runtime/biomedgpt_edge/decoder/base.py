@@ -85,7 +85,7 @@ class Decoder(Protocol):
 
     @property
     def identity(self) -> str:
-        """What its bits depend on beside the bundle and the processor: engine, version, threads."""
+        """What its bits depend on beside the bundle and the processor: engine, version, threads, layout."""
         ...
 
     def open(self, capacity: int, start: KeyValues | None = None) -> DecoderState:

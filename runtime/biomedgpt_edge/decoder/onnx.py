@@ -23,6 +23,7 @@ from ..manifest import RECORDS, DecoderSpec
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, KeyValues, Logits
+from .graph import DecoderGraph
 
 # Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
 # on, and since each head has its own stretch, the first position alone would touch nearly all of them. Small pages
@@ -37,25 +38,30 @@ KV_DTYPE = np.dtype(np.float32)
 
 
 class OnnxDecoder:
-    """The decoder graph of a bundle, loaded.
+    """The decoder of a bundle, loaded: its own graph, or another one of the same model.
+
+    Attributes:
+        layout: of the graph.
 
     Raises:
         BundleCorruptError: the graph cannot be loaded or does not fit the manifest.
         PlatformError: it lies in records, and the operators for these cannot be used here.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int, graph: DecoderGraph | None = None) -> None:
+        graph = DecoderGraph.of(bundle) if graph is None else graph
         self.spec = bundle.manifest.decoder
+        self.layout = graph.layout
         self.table = bundle.embeddings
         inputs, outputs = _signature(self.spec)
         self.session = open_session(
-            bundle.file(self.spec.graph),
+            graph.path,
             threads=threads,
             inputs=inputs,
             outputs=outputs,
-            register=register_int4_ops if self.spec.layout == RECORDS else None,
+            register=register_int4_ops if self.layout == RECORDS else None,
         )
-        self.identity = identity(threads)
+        self.identity = f"{identity(threads)}, {self.layout}"
 
     @property
     def tile(self) -> int:
