@@ -66,7 +66,7 @@ class Ours:
 
 
 class PlainOnnxRuntime:
-    """MatMulNBits in bare onnxruntime: the bundle's graph, its cache in buffers that are bound once per sequence."""
+    """MatMulNBits in bare onnxruntime: the portable graph, its cache in buffers that are bound once per sequence."""
 
     def __init__(self, models: Models, threads: int, *, prepacked: bool = False) -> None:
         import onnxruntime as ort
@@ -76,7 +76,7 @@ class PlainOnnxRuntime:
         opened = Bundle.open(models.bundle)
         self._spec = opened.manifest.decoder
         self._table = peer_models.table_of(opened)
-        graph = opened.file(self._spec.graph)
+        graph = models.portable_graph
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         if prepacked:

@@ -1,7 +1,7 @@
 """Random models of one shape in the formats of the peers, written below a work folder once and used again.
 
-The bundle comes first: its manifest is the shape, and its decoder graph is the MatMulNBits graph of the peers that run
-on ONNX Runtime. Values mean nothing and differ between the formats, since no engine's speed depends on them.
+The bundle comes first: its manifest is the shape, and its portable decoder is the MatMulNBits graph of the peers that
+run on ONNX Runtime. Values mean nothing and differ between the formats, since no engine's speed depends on them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.decoder.graph import decoder_graph
 from biomedgpt_edge.manifest import DecoderSpec
 
 # --shape -> scale of biomedgpt_export.synthesize
@@ -62,6 +63,11 @@ class Models:
         """The shape that all engines share."""
         return Bundle.open(self.bundle).manifest.decoder
 
+    @property
+    def portable_graph(self) -> Path:
+        """The decoder with MatMulNBits, which peers on ONNX Runtime run; of a bundle in records, a derived one."""
+        return decoder_graph(Bundle.open(self.bundle), "portable", "once").path
+
 
 def genai_folder(models: Models, threads: int) -> Path:
     """The bundle's graph with the inputs that onnxruntime-genai gives, and its configuration.
@@ -78,8 +84,9 @@ def genai_folder(models: Models, threads: int) -> Path:
     (folder / "genai_config.json").write_text(json.dumps(_genai_config(spec, threads), indent=1))
     if (folder / "model.onnx").exists():
         return folder
-    model = onnx.load(str(opened.file(spec.graph)), load_external_data=False)
-    _link_external_data(model, opened.file(spec.graph).parent, folder)
+    graph = models.portable_graph
+    model = onnx.load(str(graph), load_external_data=False)
+    _link_external_data(model, graph.parent, folder)
     _add_token_inputs(model.graph, table_of(opened))
     onnx.save(model, str(folder / "model.onnx"))
     return folder

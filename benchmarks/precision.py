@@ -115,9 +115,9 @@ class Comparison:
     def _exported(self, name: str, options: dict[str, Any]) -> Bundle:
         out = self._work / name
         _report(f"exporting {name}")
-        export_bundle(
-            ExportOptions(self._layout, out, proof="none", threads=self._threads, **options), lambda line: None
-        )
+        # One arithmetic for all: MatMulNBits' is the one that float32 layers can be compared with.
+        common: dict[str, Any] = {"proof": "none", "threads": self._threads, "decoder_layout": "portable"}
+        export_bundle(ExportOptions(self._layout, out, **common, **options), lambda line: None)
         return Bundle.open(out)
 
     def _side(self, bundle: Bundle) -> BundleSide:

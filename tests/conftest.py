@@ -63,7 +63,7 @@ def tiny_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_bundles: Callable[[str], Path]) -> Path:
-    """The int4 bundle of ``tiny_checkpoint``; to be read only."""
+    """The int4 bundle of ``tiny_checkpoint``, its decoder in records; to be read only."""
     return tiny_bundles("int4")
 
 

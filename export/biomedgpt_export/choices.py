@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from biomedgpt_edge.errors import PlatformError
+from biomedgpt_edge.int4_ops import check_int4_ops
 from biomedgpt_edge.tokenizer import Tokenizer
 
 from . import proof
@@ -100,7 +102,21 @@ class Choices:
                 seen=options.device,
                 remedy="Leave it out.",
             )
+        self._check_operators()
         _ = self.calibration, self.comparison
+
+    def _check_operators(self) -> None:
+        """A bundle is compared as it is, so that one in records needs the operators for these here, too."""
+        if not self.options.in_records or not self.options.compared:
+            return
+        try:
+            check_int4_ops()
+        except PlatformError as error:
+            raise ExportError(
+                f"a decoder in records cannot be compared with its source: {error.message}",
+                seen=error.seen,
+                remedy="Use --decoder-layout portable, or --proof none.",
+            ) from error
 
     def _check_head(self) -> None:
         options, quantized = self.options, self.source.quantized
@@ -228,7 +244,7 @@ class Choices:
         if self.imported is not None:
             # In records, but for the last rows and columns of a matrix, they take the same.
             return self.imported.stored_bytes
-        return self._in_records if self.options.decoder_layout == "records" else None
+        return self._in_records if self.options.in_records else None
 
     def _in_records(self, name: str, rows: int, columns: int) -> int:
         return records_bytes(rows, columns, chosen_group_size(name, columns, self.options.group_size))
@@ -268,7 +284,7 @@ class Choices:
             "projections": widths * llama.hidden_size * value,
         }
         # Records are made from the portable graph, and turned back for the parity runs.
-        twice = [DECODER_PART, HEAD] if options.decoder_layout == "records" else []
+        twice = [DECODER_PART, HEAD] if options.in_records else []
         return plan(parts, tensors, self.source.checkpoint, [*self.gptq_parts, *twice])
 
     def estimate(self, planned: Plan) -> Estimate:

@@ -99,7 +99,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         choices=GROUP_SIZES,
         help="columns that share a scale in int4 (default: for each matrix the largest that divides its width)",
     )
-    parser.add_argument("--decoder-layout", choices=DECODER_LAYOUTS, default="portable", help=_LAYOUT_HELP)
+    parser.add_argument("--decoder-layout", choices=DECODER_LAYOUTS, help=f"{_LAYOUT_HELP} (default: records)")
     parser.add_argument(
         "--quantizer", choices=QUANTIZERS, help="how int4 values are chosen that the checkpoint lacks (default: gptq)"
     )

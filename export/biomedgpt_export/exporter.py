@@ -19,12 +19,16 @@ from biomedgpt_edge import Protein
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
+    DATA_SUFFIX,
     MAX_MANIFEST_BYTES,
+    PORTABLE,
+    RECORDS,
     DecoderSpec,
     FileEntry,
     Manifest,
     MoleculeEncoderSpec,
     Policy,
+    PortableGraph,
     ProteinEncoderSpec,
     TensorFiles,
     parse_manifest,
@@ -37,7 +41,7 @@ from .bundle_writer import BundleWriter, file_entry
 from .calibrated import quantize_model
 from .choices import Choices, Report, checked
 from .device import describe
-from .errors import CheckpointError, ExportError, MemoryNeedError, ProofError
+from .errors import CheckpointError, ExportError, MemoryNeedError, ModelConfigError, ProofError
 from .estimate import Estimate
 from .families.base import LLM, MOLECULE, PROTEIN, Source
 from .finite import is_finite
@@ -46,10 +50,11 @@ from .graphs.config import EsmConfig
 from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
-from .graphs.int4_ops import write_with_int4_ops
+from .graphs.int4_ops import write_portable
 from .graphs.linear import Linears
+from .layouts import write_in_records
 from .memory import available_memory
-from .options import DECODER_LAYOUTS, ExportOptions
+from .options import ExportOptions
 from .plan import Plan
 from .quantize import int8_groups
 from .quantize.gptq import GptqOptions
@@ -156,6 +161,7 @@ class _Export:
     staging: Path
     report: Report
     smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
+    portable: PortableGraph | None = None
 
     def weights(self, key: str) -> torch.Tensor:
         """One tensor of the checkpoint.
@@ -287,19 +293,26 @@ class _Export:
         imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
         linears = written[DECODER] = Linears(precision, quantizer, activations="int8", lm_head=self.choices.lm_head)
-        name = DECODER if self.options.decoder_layout == "portable" else f"portable_{DECODER}"
+        name = f"built_{DECODER}" if self.options.in_records else DECODER
         with self._graph(name) as graph:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
         if name != DECODER:
             self._lay_out(self.staging / name)
         return written
 
-    def _lay_out(self, portable: Path) -> None:
-        """The decoder in records, in place of the portable one."""
-        replaced = write_with_int4_ops(portable, self.staging / DECODER)
-        for path in (portable, portable.with_suffix(".data")):
+    def _lay_out(self, built: Path) -> None:
+        """The decoder in records, in place of the one that was built."""
+        try:
+            replaced, self.portable = write_in_records(built, self.staging / DECODER)
+        except ModelConfigError as error:
+            if self.options.decoder_layout is not None:
+                raise
+            self.report(f"decoder not in records: {error.message}")
+            write_portable(built, self.staging / DECODER)
+        else:
+            self.report(f"decoder in records, {replaced.kept} products in another form")
+        for path in (built, built.with_suffix(DATA_SUFFIX)):
             path.unlink()
-        self.report(f"decoder in records, {replaced.kept} products in another form")
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
         if journal is None or part not in self.choices.gptq_parts:
@@ -329,7 +342,8 @@ class _Export:
                 rope_base=llama.rope_base,
                 norm_eps=llama.norm_eps,
                 attention_bias=llama.attention_bias,
-                layout=DECODER_LAYOUTS[self.options.decoder_layout],
+                layout=PORTABLE if self.portable is None else RECORDS,
+                portable=self.portable,
             ),
             molecule_encoder=None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
             protein_encoder=None if esm is None else _protein_spec(esm),

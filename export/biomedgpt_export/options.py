@@ -47,7 +47,8 @@ class ExportOptions:
         embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
         lm_head: precision of the LM head of int4 bundles, where it is another one; int8 is rounded to nearest.
         decoder_layout: ``records`` has the decoder's int4 matrices as our own operators read them, which need no
-            repacking when a bundle is loaded; ``portable`` has them for ONNX Runtime's.
+            repacking when a bundle is loaded; ``portable`` has them for ONNX Runtime's. Left out, ``records`` where
+            there are matrices that these operators compute.
         group_size: of the matrices that are quantized to int4; left out, for each the largest that divides its width.
         name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
@@ -68,7 +69,7 @@ class ExportOptions:
     embeddings: TablePrecision = "fp16"
     lm_head: HeadPrecision | None = None
     group_size: int | None = None
-    decoder_layout: DecoderLayout = "portable"
+    decoder_layout: DecoderLayout | None = None
     name: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
@@ -87,6 +88,11 @@ class ExportOptions:
     @property
     def protein_precision(self) -> GraphPrecision:
         return self.protein_encoder or self.precision
+
+    @property
+    def in_records(self) -> bool:
+        """Whether the decoder's int4 matrices are to lie in records."""
+        return self.decoder_layout == "records" or (self.decoder_layout is None and self.precision == "int4")
 
     @property
     def work_folder(self) -> Path:
@@ -115,7 +121,7 @@ class ExportOptions:
                 seen=self.max_kl,
                 remedy="Leave it out, or compare: proof quick or full, precision int4 or fp16.",
             )
-        if self.decoder_layout != "portable" and self.precision != "int4":
+        if self.decoder_layout == "records" and self.precision != "int4":
             raise ExportError(
                 f"a decoder in {self.decoder_layout} was asked for, and precision {self.precision}.",
                 seen=self.decoder_layout,

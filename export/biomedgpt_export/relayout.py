@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.manifest import Manifest
+from biomedgpt_edge.manifest import DATA_SUFFIX, DecoderSpec, Manifest
 from biomedgpt_edge.onnx_header import read_header
 
 from .bundle_writer import BundleWriter, file_entry
 from .choices import Report
 from .errors import ExportError
 from .exporter import DECODER
-from .graphs.int4_ops import write_portable, write_with_int4_ops
+from .graphs.int4_ops import write_portable
+from .layouts import write_in_records
 from .options import DECODER_LAYOUTS, DecoderLayout
 from .plan import Plan
 
@@ -44,7 +45,7 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
     old = bundle.manifest
     # Hardly a byte more or less than it has now.
     Plan({"bundle": sum(entry.size for entry in old.files)}, 0).require_space(out.absolute().parent)
-    replaced = _files_of(bundle, old.decoder.graph)
+    replaced = _files_of(bundle, old.decoder)
     kept = [entry for entry in old.files if entry.path not in replaced]
     with BundleWriter(out) as writer:
         for entry in kept:
@@ -52,11 +53,16 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
             shutil.copyfile(bundle.path / entry.path, writer.staging / entry.path)
         graph = writer.staging / DECODER
         report(f"writing the decoder in {layout}")
-        (write_with_int4_ops if layout == "records" else write_portable)(bundle.file(old.decoder.graph), graph)
-        files = [*kept, *(file_entry(path, path.name) for path in (graph, graph.with_suffix(".data")))]
+        written, portable = [graph, graph.with_suffix(DATA_SUFFIX)], None
+        if layout == "records":
+            _, portable = write_in_records(bundle.file(old.decoder.graph), graph)
+            written.append(graph.with_name(portable.graph))
+        else:
+            write_portable(bundle.file(old.decoder.graph), graph)
+        files = [*kept, *(file_entry(path, path.name) for path in written)]
         manifest = replace(
             old,
-            decoder=replace(old.decoder, graph=graph.name, layout=DECODER_LAYOUTS[layout]),
+            decoder=replace(old.decoder, graph=graph.name, layout=DECODER_LAYOUTS[layout], portable=portable),
             files=tuple(sorted(files, key=lambda entry: entry.path)),
             parity={"measured_on": {"bundle": bundle.digest, "layout": old.decoder.layout}} | old.parity,
         )
@@ -66,7 +72,8 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
     return manifest
 
 
-def _files_of(bundle: Bundle, graph: str) -> set[str]:
-    """A graph's file and those that hold its weights."""
-    folder = PurePosixPath(graph).parent
-    return {graph, *(str(folder / tensor.location) for tensor in read_header(bundle.file(graph)).tensors)}
+def _files_of(bundle: Bundle, decoder: DecoderSpec) -> set[str]:
+    """Files of graphs and those that hold their weights."""
+    folder, tensors = PurePosixPath(decoder.graph).parent, read_header(bundle.file(decoder.graph)).tensors
+    graphs = {decoder.graph} if decoder.portable is None else {decoder.graph, decoder.portable.graph}
+    return graphs | {str(folder / tensor.location) for tensor in tensors}

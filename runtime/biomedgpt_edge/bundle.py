@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, RECORDS, FileEntry, Manifest, parse_manifest
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, RECORDS, FileEntry, Manifest, PortableGraph, parse_manifest
 from .onnx_header import OPERATORS, RECORDS_OPERATORS, ExternalTensor, read_header
 from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
@@ -151,6 +151,10 @@ class Bundle:
     def _entries(self) -> Mapping[str, FileEntry]:
         return {entry.path: entry for entry in self.manifest.files}
 
+    @cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        return {entry.path: entry.size for entry in self.manifest.files}
+
     def _check_files(self) -> None:
         # Two names that differ in case alone are one file on some file systems.
         if len({entry.path.casefold() for entry in self.manifest.files}) != len(self.manifest.files):
@@ -170,14 +174,26 @@ class Bundle:
         """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
         decoder = self.manifest.decoder
         self._check_graph(decoder.graph, OPERATORS.union(RECORDS_OPERATORS if decoder.layout == RECORDS else ()))
+        if decoder.portable is not None:
+            self._check_portable(decoder.portable)
         for spec in (self.manifest.molecule_encoder, self.manifest.protein_encoder):
             if spec is not None:
                 self._check_graph(spec.graph, OPERATORS)
 
-    def _check_graph(self, graph: str, operators: Set[tuple[str, str]]) -> None:
+    def _check_portable(self, portable: PortableGraph) -> None:
+        """Its tensors lie in the file that is derived for it, and nowhere in the bundle."""
+        data = _beside(portable.graph, portable.data)
+        if data in self._entries:
+            raise ManifestError(
+                f"the manifest lists {data}, which is to be derived.", seen=data[:80], remedy=_RE_EXPORT
+            )
+        self._check_graph(portable.graph, OPERATORS, {data: portable.data_size})
+
+    def _check_graph(self, graph: str, operators: Set[tuple[str, str]], sizes: Mapping[str, int] | None = None) -> None:
+        """``sizes`` are those of the files that it may refer to; left out, those of the bundle."""
         header = read_header(self.file(graph))
         for tensor in header.tensors:
-            self._check_reference(graph, tensor)
+            _check_reference(graph, tensor, self._sizes if sizes is None else sizes)
         foreign = sorted(".".join(filter(None, operator)) for operator in header.operators - operators)
         if foreign:
             raise BundleCorruptError(
@@ -189,24 +205,6 @@ class Bundle:
         if wrong is not None:
             raise BundleCorruptError(
                 f"{graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
-            )
-
-    def _check_reference(self, graph: str, tensor: ExternalTensor) -> None:
-        # Locations are relative to the graph's own folder.
-        location = str(PurePosixPath(graph).parent / tensor.location)
-        entry = self._entries.get(location)
-        if entry is None:
-            raise UnsafePathError(
-                f"{graph} refers to {tensor.location[:80]!r}, which the manifest does not list.",
-                seen=tensor.location[:80],
-                remedy=_RE_EXPORT,
-            )
-        length = entry.size - tensor.offset if tensor.length is None else tensor.length
-        if length < 0 or tensor.offset + length > entry.size:
-            raise BundleCorruptError(
-                f"{graph} places tensor {tensor.name[:80]!r} at bytes {tensor.offset:,} to "
-                f"{tensor.offset + length:,} of {location}, which has {entry.size:,}.",
-                remedy=_RE_EXPORT,
             )
 
     def _check_tensors(self) -> None:
@@ -221,6 +219,29 @@ class Bundle:
                 limit=vocabulary,
                 remedy=_RE_EXPORT,
             )
+
+
+def _beside(graph: str, location: str) -> str:
+    """Path in the bundle of what a graph refers to: locations are relative to the graph's own folder."""
+    return str(PurePosixPath(graph).parent / location)
+
+
+def _check_reference(graph: str, tensor: ExternalTensor, sizes: Mapping[str, int]) -> None:
+    location = _beside(graph, tensor.location)
+    size = sizes.get(location)
+    if size is None:
+        raise UnsafePathError(
+            f"{graph} refers to {tensor.location[:80]!r}, which the manifest does not list for it.",
+            seen=tensor.location[:80],
+            remedy=_RE_EXPORT,
+        )
+    length = size - tensor.offset if tensor.length is None else tensor.length
+    if length < 0 or tensor.offset + length > size:
+        raise BundleCorruptError(
+            f"{graph} places tensor {tensor.name[:80]!r} at bytes {tensor.offset:,} to "
+            f"{tensor.offset + length:,} of {location}, which has {size:,}.",
+            remedy=_RE_EXPORT,
+        )
 
 
 def _manifest_bytes(root: Path) -> bytes:

@@ -3,30 +3,41 @@
 * The stamp that says a bundle's hashes were checked once. It holds each file's inode, size and times, so a file that
   was replaced or rewritten is hashed again.
 * The keys and values of the template's beginnings.
+* The portable decoder of a bundle that lies in records, where that is used (see :mod:`decoder.portable`).
 * The soft tokens of molecules and proteins, where that is asked for. Nothing else of a question is ever written here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Bundle
+from .bundle import Bundle, sha256_of
 from .errors import PlatformError
+from .manifest import FileEntry
 
 # The folders inside the cache.
-VERIFIED, PREFIXES, SOFT_TOKENS = "verified", "prefixes", "soft_tokens"
+VERIFIED, PREFIXES, SOFT_TOKENS, PORTABLE = "verified", "prefixes", "soft_tokens", "portable"
+FOLDERS = (VERIFIED, PREFIXES, SOFT_TOKENS, PORTABLE)
 _DIGEST_SIZE = hashlib.sha256().digest_size
+# Of a folder of derived files: their states when their hashes were right.
+_STAMP = "stamp.json"
+
+# "once" hashes files the first time and again when one was replaced, "full" always, "sizes" never.
+Verify = Literal["once", "full", "sizes"]
 
 
 def cache_folder() -> Path:
@@ -59,7 +70,7 @@ def cache_use() -> list[FolderUse]:
     Raises:
         PlatformError: see :func:`cache_folder`.
     """
-    found = [(name, [path.stat().st_size for path in _files(name)]) for name in (VERIFIED, PREFIXES, SOFT_TOKENS)]
+    found = [(name, [path.stat().st_size for path in _files(name)]) for name in FOLDERS]
     return [FolderUse(name, len(sizes), sum(sizes)) for name, sizes in found]
 
 
@@ -74,12 +85,15 @@ def clear_cache() -> list[FolderUse]:
     for folder in use:
         for path in _files(folder.name):
             path.unlink(missing_ok=True)
+    for left in (cache_folder() / PORTABLE).glob("*/"):
+        # One that something else was put into stays.
+        with contextlib.suppress(OSError):
+            left.rmdir()
     return use
 
 
 def _files(name: str) -> list[Path]:
-    folder = cache_folder() / name
-    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return [path for path in (cache_folder() / name).rglob("*") if path.is_file()]
 
 
 def verify_once(bundle: Bundle) -> None:
@@ -88,28 +102,73 @@ def verify_once(bundle: Bundle) -> None:
     Raises:
         BundleCorruptError: see :meth:`Bundle.verify`.
     """
-    stamp = _stamp(bundle)
+    states = _stamp(bundle.path, bundle.manifest.files)
     try:
         # By place too: two copies of one bundle, as in A/B updates, each keep their stamp.
         place = hashlib.sha256(os.fsencode(bundle.path)).hexdigest()[:16]
         path = cache_folder() / VERIFIED / f"{bundle.digest}-{place}.json"
-        if path.read_text(encoding="utf-8") == stamp:
-            return
     except PlatformError:
         bundle.verify()
         return
-    except (OSError, UnicodeDecodeError):
-        pass  # No stamp, or none that can be read: check the hashes.
+    if _read(path) == states:
+        return
     bundle.verify()
-    _write_atomic(path, stamp.encode())
+    _write_atomic(path, states.encode())
 
 
-def _stamp(bundle: Bundle) -> str:
+def _stamp(folder: Path, entries: Iterable[FileEntry]) -> str:
     states = {}
-    for entry in bundle.manifest.files:
-        state = (bundle.path / entry.path).stat()
+    for entry in entries:
+        state = (folder / entry.path).stat()
         states[entry.path] = [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
     return json.dumps(states, sort_keys=True)
+
+
+def holds(folder: Path, entries: Iterable[FileEntry], verify: Verify) -> bool:
+    """Whether the files in ``folder``, which were derived, are the ones that ``entries`` expect."""
+    entries = list(entries)
+    try:
+        states = [(folder / entry.path).lstat() for entry in entries]
+        if any(
+            not stat.S_ISREG(state.st_mode) or state.st_size != entry.size
+            for state, entry in zip(states, entries, strict=True)
+        ):
+            return False
+        if verify == "sizes" or (verify == "once" and _read(folder / _STAMP) == _stamp(folder, entries)):
+            return True
+        if any(sha256_of(folder / entry.path) != entry.sha256 for entry in entries):
+            return False
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    stamp(folder, entries)
+    return True
+
+
+def stamp(folder: Path, entries: Iterable[FileEntry]) -> None:
+    """Notes that these files in ``folder`` have the hashes that ``entries`` expect."""
+    _write_atomic(folder / _STAMP, _stamp(folder, entries).encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from filling ``folder``, which need not be there; waits until none of them does.
+
+    Raises:
+        OSError: nothing can be written beside it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with folder.with_name(f"{folder.name}.lock").open("wb") as file:
+        # Closing the file unlocks it, and so does the end of a process.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> str:
+    """The text of a stamp; "" where there is none, or none that can be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 @dataclass

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
+from .decoder.graph import Wanted, decoder_graph
 from .decoder.onnx import OnnxDecoder
-from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, verify_once
+from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
 from .generate import AnswerText, Finish, Generation, Opening, Timings, generate, prefill
@@ -198,7 +199,8 @@ class Engine:
         path: str | Path | None = None,
         *,
         threads: int | None = None,
-        verify: Literal["once", "full", "sizes"] = "once",
+        verify: Verify = "once",
+        decoder: Wanted = "auto",
         allow_16bit: bool | None = None,
         low_memory: bool = False,
         memory_limit: int | str | None = None,
@@ -211,6 +213,10 @@ class Engine:
             threads: processor threads to use; left out, as many as this process may run on.
             verify: "once" hashes every file the first time and again when one was replaced, "full" always, "sizes"
                 never (manifest, sizes and headers are checked in any case).
+            decoder: "auto" is the bundle's own, or, where that lies in records and the operators for these cannot be
+                used here, the portable one, which a warning of the logger ``biomedgpt_edge`` says. "portable" asks
+                for that one; it is derived in the device cache, once, and takes as much space as the bundle's.
+                "records" takes no other than that.
             allow_16bit: whether features and weights may be rounded to bfloat16 where they are projected, which is
                 faster on processors with instructions for it; left out, in bundles that store 16 or 4 bits, and not in
                 fp32 ones.
@@ -222,7 +228,9 @@ class Engine:
 
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
-            OptionError: ``threads``, ``verify`` or ``memory_limit`` is out of range.
+            OptionError: ``threads``, ``verify`` or ``memory_limit`` is out of range, or the bundle has no such
+                ``decoder``.
+            PlatformError: the decoder cannot be used here, or not be derived.
             MemoryLimitError: ``memory_limit`` holds no model and answer.
         """
         count = available_threads() if threads is None else threads
@@ -239,7 +247,7 @@ class Engine:
             verify_once(bundle)
         return cls(
             bundle,
-            OnnxDecoder(bundle, threads=count),
+            OnnxDecoder(bundle, threads=count, graph=decoder_graph(bundle, decoder, verify)),
             threads=count,
             allow_16bit=allow_16bit,
             prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),

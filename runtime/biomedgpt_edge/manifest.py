@@ -10,6 +10,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from .errors import BundleVersionError, ManifestError
@@ -17,10 +18,13 @@ from .prompt import PromptTemplate
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "biomedgpt-edge/bundle"
-# Version 2 has the decoder's ``layout``. What version 1 can say is written as version 1, which older runtimes read.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PORTABLE, RECORDS = "portable", "records-1"
+GRAPH_SUFFIX, DATA_SUFFIX = ".onnx", ".data"
 LAYOUTS = (PORTABLE, RECORDS)
+# What versions have added to the decoder, the newest first, with its value in bundles of older ones. What an older
+# version can say is written in it, since older runtimes read it.
+_ADDED: tuple[tuple[int, str, Any], ...] = ((3, "portable", None), (2, "layout", PORTABLE))
 MAX_MANIFEST_BYTES = 4 * 2**20
 _EXACT_IN_FLOAT = 2**53
 _RE_EXPORT = "Export or copy the bundle again."
@@ -44,11 +48,31 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class PortableGraph:
+    """The decoder for ONNX Runtime's own operators, beside one in records: ``graph`` is a file of the bundle.
+
+    The tensors that it refers to lie in :attr:`data`, which is not in the bundle: what that holds is derived from the
+    records where it is needed (see :mod:`biomedgpt_edge.decoder.portable`), ``data_size`` bytes of SHA-256
+    ``data_sha256``.
+    """
+
+    graph: str
+    data_size: Annotated[int, Range(0, 2**48)]
+    data_sha256: str
+
+    @property
+    def data(self) -> str:
+        """Name of the file with its tensors, beside it."""
+        return PurePosixPath(self.graph).with_suffix(DATA_SUFFIX).name
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """Llama-shaped decoder; ``vocabulary`` counts the rows of the logits, ``context`` the positions it may use.
 
     ``layout`` is ``portable`` where ONNX Runtime's own operators compute the graph, and ``records-1`` where matrices
-    lie as those of csrc/int4 read them; another number would stand for other records.
+    lie as those of csrc/int4 read them; another number would stand for other records. ``portable`` is for machines
+    where the operators for records cannot be used.
     """
 
     graph: str
@@ -64,6 +88,7 @@ class DecoderSpec:
     norm_eps: Annotated[float, Range(1e-30, 1.0)]
     attention_bias: bool = False
     layout: str = PORTABLE
+    portable: PortableGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +160,11 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical text: the same manifest always gives the same bytes."""
         fields: dict[str, Any] = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        if self.decoder.layout == PORTABLE:
-            fields["schema_version"] = 1
-            del fields["decoder"]["layout"]
+        for version, name, default in _ADDED:
+            if fields["decoder"][name] != default:
+                break
+            fields["schema_version"] = version - 1
+            del fields["decoder"][name]
         return json.dumps(fields, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -170,28 +197,52 @@ def parse_manifest(text: str) -> Manifest:
             remedy="Update biomedgpt-edge.",
         )
     body = {key: value for key, value in raw.items() if key not in ("schema", "schema_version")}
-    manifest: Manifest = _read(Manifest, _with_layout(body) if version == 1 else body, "manifest")
-    if manifest.decoder.layout not in LAYOUTS:
-        raise BundleVersionError(
-            f"the decoder lies in the layout {manifest.decoder.layout[:60]!r}, and this biomedgpt-edge reads "
-            f"{' and '.join(LAYOUTS)}.",
-            seen=manifest.decoder.layout[:60],
-            limit=", ".join(LAYOUTS),
-            remedy="Update biomedgpt-edge, or export the bundle with --decoder-layout portable.",
-        )
+    manifest: Manifest = _read(Manifest, _with_additions(body, version), "manifest")
+    _check_decoder(manifest.decoder)
     return manifest
 
 
-def _with_layout(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields of version 1 with the one that was added since."""
+def _check_decoder(decoder: DecoderSpec) -> None:
+    if decoder.layout not in LAYOUTS:
+        raise BundleVersionError(
+            f"the decoder lies in the layout {decoder.layout[:60]!r}, and this biomedgpt-edge reads "
+            f"{' and '.join(LAYOUTS)}.",
+            seen=decoder.layout[:60],
+            limit=", ".join(LAYOUTS),
+            remedy="Update biomedgpt-edge, or export the bundle with --decoder-layout portable.",
+        )
+    if decoder.portable is None:
+        return
+    graph = decoder.portable.graph
+    if decoder.layout == PORTABLE:
+        raise ManifestError(
+            f"'manifest.decoder.portable' of {MANIFEST_NAME} is {graph[:60]!r}, and the decoder is portable itself.",
+            seen=graph[:60],
+            remedy=_RE_EXPORT,
+        )
+    if PurePosixPath(graph).suffix != GRAPH_SUFFIX:
+        raise ManifestError(
+            f"'manifest.decoder.portable.graph' of {MANIFEST_NAME} is {graph[:60]!r}, which does not end in "
+            f"{GRAPH_SUFFIX}.",
+            seen=graph[:60],
+            remedy=_RE_EXPORT,
+        )
+
+
+def _with_additions(body: dict[str, Any], version: int) -> dict[str, Any]:
+    """The fields of ``version`` with those that were added to the decoder since."""
     decoder = body.get("decoder")
     if not isinstance(decoder, dict):
         return body
-    if "layout" in decoder:
+    added = {name: default for since, name, default in _ADDED if version < since}
+    unknown = sorted(added.keys() & decoder.keys())
+    if unknown:
         raise ManifestError(
-            f"'manifest.decoder' of {MANIFEST_NAME} has unknown layout: schema version 1 knows none.", remedy=_RE_EXPORT
+            f"'manifest.decoder' of {MANIFEST_NAME} has unknown {', '.join(unknown)}: schema version {version} knows "
+            "none.",
+            remedy=_RE_EXPORT,
         )
-    return {**body, "decoder": {**decoder, "layout": PORTABLE}}
+    return {**body, "decoder": {**decoder, **added}}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -54,11 +54,11 @@ def context_within(bundle: Bundle, limit: int, *, low_memory: bool) -> int:
     if limit < needed:
         smaller = "" if low_memory else " With low_memory, encoders leave when they are not needed."
         raise MemoryLimitError(
-            f"memory_limit is {_mib(limit)}; the model and what it runs with take {_mib(fixed + scratch)}, and each "
-            f"position {per_position / 2**10:,.0f} KiB.",
+            f"memory_limit is {mebibytes(limit)}; the model and what it runs with take "
+            f"{mebibytes(fixed + scratch)}, and each position {per_position / 2**10:,.0f} KiB.",
             seen=limit,
             limit=needed,
-            remedy=f"Give at least {_mib(needed)}, which leaves {LEAST_POSITIONS} positions.{smaller}",
+            remedy=f"Give at least {mebibytes(needed)}, which leaves {LEAST_POSITIONS} positions.{smaller}",
         )
     return min(spec.context, (limit - fixed - scratch) // per_position)
 
@@ -79,5 +79,6 @@ def _fixed_bytes(bundle: Bundle, low_memory: bool) -> int:
     return RUNTIME_BYTES + CACHE_BYTES + widened * (others + (max if low_memory else sum)([0, *encoders.values()]))
 
 
-def _mib(size: int) -> str:
+def mebibytes(size: int) -> str:
+    """Bytes, for people."""
     return f"{-(-size // 2**20):,} MiB"

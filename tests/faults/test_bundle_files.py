@@ -30,6 +30,7 @@ from support import bounded_memory
 
 FILES = [
     "POLICY.txt",
+    "decoder-portable.onnx",
     "decoder.data",
     "decoder.onnx",
     "embeddings.safetensors",

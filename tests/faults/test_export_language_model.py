@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from biomedgpt_edge import Engine, Molecule
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import MissingModalityError
+from biomedgpt_edge.manifest import PORTABLE
 from biomedgpt_edge.onnx_header import read_header
 from biomedgpt_export import exporter
 from biomedgpt_export.checkpoint import JoinedCheckpoint, open_checkpoint, open_gptq
@@ -237,7 +238,23 @@ def test_it_is_there_bit_for_bit_in_records_too_or_beside_them_where_it_has_zero
     operators = {operator for _, operator in read_header(tmp_path / "bundle" / "decoder.onnx").operators}
     assert "Int4Linear" in operators
     assert ("MatMulNBits" in operators) == ("asymmetric" in name)
-    Engine.load(tmp_path / "bundle", threads=1).close()
+    for decoder in ("records", "portable"):
+        with Engine.load(tmp_path / "bundle", threads=1, decoder=decoder) as engine:  # type: ignore[arg-type]
+            assert engine.ask("Why?", max_new_tokens=2).token_ids
+
+
+def test_what_no_operator_computes_is_portable_unless_records_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_of_gptqmodel("v1_asymmetric", tmp_path, "--lm-head", "int8")
+    assert Bundle.open(tmp_path / "bundle").manifest.decoder.layout == PORTABLE
+    assert "decoder not in records: built_decoder.onnx has no int4 product" in capsys.readouterr().err
+    with Engine.load(tmp_path / "bundle", threads=1) as engine:
+        assert engine.ask("Why?", max_new_tokens=2).token_ids
+    checkpoint = ["--family", "biomedgpt-lm-7b", "--checkpoint", str(tmp_path / "model"), "--lm-head", "int8"]
+    command = ["bundle", *checkpoint, "--proof", "none", "--decoder-layout", "records"]
+    assert main([*command, "--out", str(tmp_path / "records")]) == ModelConfigError.exit_code
+    assert not (tmp_path / "records").exists()
 
 
 @pytest.mark.parametrize("name", WRITTEN_BY_GPTQMODEL)
@@ -315,12 +332,13 @@ def test_a_quantized_checkpoint_is_recognized_by_either_of_its_files(
 
 def test_a_quantized_head_is_imported_too(saved: Callable[..., Path], state: State, tmp_path: Path) -> None:
     folder = saved(gptq_state(narrow(state), also=("lm_head.weight",)), GPTQ)
-    export(Layout.locate(folder), tmp_path / "bundle")
+    export(Layout.locate(folder), tmp_path / "bundle", decoder_layout="portable")
     require_imported(folder, tmp_path / "bundle")
     # Groups of 32 columns take more than ours do, which is known before; beside them lie the two rotary tables.
     decoder = Bundle.open(tmp_path / "bundle").manifest.decoder
     matrices = (tmp_path / "bundle" / "decoder.data").stat().st_size - decoder.context * decoder.head_size * 4
-    planned = plan_bundle(ExportOptions(Layout.locate(folder), tmp_path / "again", proof="none"))
+    options = ExportOptions(Layout.locate(folder), tmp_path / "again", proof="none", decoder_layout="portable")
+    planned = plan_bundle(options)
     assert (planned.parts["decoder"], planned.work) == (matrices, 0)
     # What is imported is what is there: nothing was rounded but the embeddings, to fp16.
     assert Bundle.open(tmp_path / "bundle").manifest.parity["rounding"]["decoder"] == 0

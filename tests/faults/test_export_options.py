@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.manifest import RECORDS
 from biomedgpt_export import exporter
 from biomedgpt_export.calibration import PROOF
 from biomedgpt_export.cli import main
@@ -67,16 +68,17 @@ def test_records_are_for_int4_alone(tiny_checkpoint: Path, tmp_path: Path, preci
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_in_records_is_the_portable_one_laid_out_anew(
+def test_an_export_is_in_records_and_is_the_portable_one_laid_out_anew(
     tiny_checkpoint: Path, tmp_path: Path, questions: Path
 ) -> None:
     common = {"quantizer": "rtn", "lm_head": "int8", "questions": questions}
-    export(tiny_checkpoint, tmp_path / "portable", **common)
-    export(tiny_checkpoint, tmp_path / "records", decoder_layout="records", **common)
+    export(tiny_checkpoint, tmp_path / "portable", decoder_layout="portable", **common)
+    export(tiny_checkpoint, tmp_path / "records", **common)
     relayout(tmp_path / "portable", tmp_path / "relayout", "records", lambda line: None)
     direct, other = (Bundle.open(tmp_path / name).manifest for name in ("records", "relayout"))
     assert direct.files == other.files
     assert direct.decoder == other.decoder
+    assert direct.decoder.layout == RECORDS
     # The same matrices; how far int8 activations go wrong is measured with the operators that the bundle has.
     for kind in ("fidelity", "rounding", "tolerance"):
         assert direct.parity[kind] == other.parity[kind]

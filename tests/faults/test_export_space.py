@@ -14,7 +14,7 @@ from biomedgpt_export.cli import main
 from biomedgpt_export.errors import ExportError
 from biomedgpt_export.exporter import export_bundle, plan_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
-from biomedgpt_export.options import ExportOptions
+from biomedgpt_export.options import QUANTIZERS, ExportOptions
 from biomedgpt_export.plan import Plan
 from support import bytes_of_linears
 
@@ -48,7 +48,10 @@ def test_a_decoder_in_records_has_its_own_size_and_lies_there_twice_for_a_while(
 
 def test_work_of_gptq_is_counted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     layout = Layout.locate(tiny_checkpoint)
-    with_work, without = (plan_bundle(ExportOptions(layout, tmp_path / "x", "int4", q)) for q in ("gptq", "rtn"))
+    with_work, without = (
+        plan_bundle(ExportOptions(layout, tmp_path / "x", "int4", quantizer, decoder_layout="portable"))
+        for quantizer in QUANTIZERS
+    )
     assert without.work == 0
     assert with_work.work == with_work.parts["decoder"] + with_work.parts["protein_encoder"]
 

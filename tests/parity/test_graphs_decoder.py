@@ -102,7 +102,7 @@ class Case:
     kv_cache: KvElement | None = None
 
     def open(self, capacity: int) -> OnnxState:
-        kv, table = kv_layout(self.spec, self.kv_cache), EmbeddingTable(self.table)
+        kv, table = kv_layout(self.spec, self.spec.layout, self.kv_cache), EmbeddingTable(self.table)
         return OnnxState(self.session, self.spec, kv, table, capacity)  # type: ignore[arg-type]
 
     def expected(self, embeddings: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ def build(
     if own_attention:
         use_own_attention(path, of)
         spec = replace(spec, layout=RECORDS)
-    inputs, outputs = _signature(spec, kv_layout(spec, None))
+    inputs, outputs = _signature(spec, kv_layout(spec, spec.layout, None))
     session = open_session(path, threads=1, inputs=inputs, outputs=outputs, register=register_int4_ops)
     table = model.model.embed_tokens.weight.detach().numpy()
     return Case(session, spec, table, model)

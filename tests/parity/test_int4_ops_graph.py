@@ -148,7 +148,7 @@ def answer(
     spec, table = engine.bundle.manifest.decoder, engine.bundle.embeddings
     ours = replace(spec, layout=RECORDS)
     states = [
-        OnnxState(session, of, kv_layout(of, None), table, len(prompt) + TOKENS)
+        OnnxState(session, of, kv_layout(of, of.layout, None), table, len(prompt) + TOKENS)
         for session, of in zip(sessions, (spec, ours, spec), strict=True)
     ]
     logits = [[state.prefill(prompt.embeddings).copy()] for state in states]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,19 @@ import onnxruntime as ort
 import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein, _native, int4_ops
+from biomedgpt_edge.bench.limits import Limits
+from biomedgpt_edge.bench.suite import Plan, Suite
 from biomedgpt_edge.bench.work import prefill_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
+from biomedgpt_edge.decoder.graph import Wanted
 from biomedgpt_edge.engine import DEMO_BUNDLE, PreparedPrompt
-from biomedgpt_edge.errors import BundleCorruptError, PlatformError
+from biomedgpt_edge.errors import BundleCorruptError, OptionError, PlatformError
 from biomedgpt_edge.manifest import PORTABLE, RECORDS
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
 from biomedgpt_export.cli import main as export
 from biomedgpt_export.errors import ExportError, ModelConfigError, OutputExistsError
+from biomedgpt_export.layouts import PORTABLE_DECODER
 from biomedgpt_export.relayout import relayout
 
 QUESTIONS: dict[str, tuple[str, Molecule | Protein | None]] = {
@@ -64,8 +71,9 @@ def engines(records: Path) -> Iterator[dict[str, Engine]]:
         Engine.load(threads=1) as shipped,
         Engine.load(records, threads=1) as one,
         Engine.load(records, threads=2) as two,
+        Engine.load(records, threads=1, decoder="portable") as derived,
     ):
-        yield {"portable": shipped, "records": one, "records, 2 threads": two}
+        yield {"portable": shipped, "records": one, "records, 2 threads": two, "derived": derived}
 
 
 def test_the_benchmark_holds_them_against_int8_arithmetic_too(records: Path) -> None:
@@ -77,11 +85,18 @@ def test_the_benchmark_holds_them_against_int8_arithmetic_too(records: Path) -> 
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_answers_are_those_of_the_portable_bundle(engines: dict[str, Engine], name: str) -> None:
+@pytest.mark.parametrize("other", ["portable", "derived"])
+def test_greedy_tokens_are_those_of_a_portable_decoder(engines: dict[str, Engine], name: str, other: str) -> None:
     question, item = QUESTIONS[name]
     inputs = [] if item is None else [item]
-    theirs, ours = (engines[key].ask(question, *inputs, max_new_tokens=48) for key in ("portable", "records"))
-    assert ours.text == theirs.text or name in NEAR_TIES
+    theirs, ours = (engines[key].ask(question, *inputs, max_new_tokens=48) for key in (other, "records"))
+    assert ours.token_ids == theirs.token_ids or name in NEAR_TIES
+
+
+def test_a_derived_decoder_computes_the_bits_of_the_portable_bundle(engines: dict[str, Engine]) -> None:
+    for name in QUESTIONS:
+        one, other = (engines[key].first_logits(prepared(engines[key], name)) for key in ("portable", "derived"))
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -110,9 +125,11 @@ def test_all_else_stays_and_the_parity_report_names_what_it_was_measured_on(reco
     shipped, ours, back = (Bundle.open(path) for path in (DEMO_BUNDLE, records, portable))
     assert [bundle.manifest.decoder.layout for bundle in (shipped, ours, back)] == [PORTABLE, RECORDS, PORTABLE]
     ours.verify()
-    changed = {"decoder.onnx", "decoder.data"}
+    changed = {"decoder.onnx", "decoder.data", PORTABLE_DECODER}
     files = [{e for e in bundle.manifest.files if e.path not in changed} for bundle in (shipped, ours, back)]
     assert files[0] == files[1] == files[2]
+    assert [bundle.manifest.decoder.portable is not None for bundle in (shipped, ours, back)] == [False, True, False]
+    assert {path.name for path in portable.iterdir()} == {path.name for path in DEMO_BUNDLE.iterdir()}
     measured_on = {"bundle": shipped.digest, "layout": PORTABLE}
     assert ours.manifest.parity == back.manifest.parity == shipped.manifest.parity | {"measured_on": measured_on}
 
@@ -139,7 +156,7 @@ def test_a_bundle_that_is_not_whole_is_not_laid_out_anew(bundle_copy: Path, tmp_
     with (bundle_copy / "decoder.data").open("r+b") as file:
         file.write(b"tampered")
     with pytest.raises(BundleCorruptError, match=r"decoder\.data differ"):
-        relayout(bundle_copy, tmp_path / "out", "records", silent)
+        relayout(bundle_copy, tmp_path / "out", "portable", silent)
     assert not (tmp_path / "out").exists()
 
 
@@ -154,11 +171,14 @@ def test_a_bundle_is_not_written_over(portable: Path, records: Path) -> None:
 def test_inspect_and_doctor_name_the_instruction_set(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _native.int4_paths()[0]
     assert edge(["inspect", str(records)]) == 0
-    assert f"layout      records-1, on this machine computed with {path}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "layout      records-1, and decoder-portable.onnx, whose 3.40 MB are derived where it is used" in printed
+    assert f"used here   records-1, computed with {path}" in printed
     edge(["doctor", "--json", "--bundle", str(records)])
     found = {one["what"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
     assert found["int4 operators"]["ok"]
     assert found["int4 operators"]["found"].startswith(path)
+    assert found["decoder"]["found"] == f"records-1, computed with {path}"
     assert f"int4: {', '.join(_native.int4_paths())}" in found["kernels"]["found"]
 
 
@@ -179,25 +199,127 @@ def without_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_ops, "LIBRARY", tmp_path / "none.so")
 
 
+@pytest.fixture
+def records_alone(records: Path, tmp_path: Path) -> Path:
+    """As bundles were before a portable graph lay in them."""
+    path = Path(shutil.copytree(records, tmp_path / "alone"))
+    (path / PORTABLE_DECODER).unlink()
+    fields = json.loads((path / "manifest.json").read_text())
+    del fields["decoder"]["portable"]
+    fields["schema_version"] = 2
+    fields["files"] = [entry for entry in fields["files"] if entry["path"] != PORTABLE_DECODER]
+    (path / "manifest.json").write_text(json.dumps(fields))
+    return path
+
+
+def test_a_bundle_without_a_portable_graph_works_as_before(records_alone: Path) -> None:
+    with Engine.load(records_alone, threads=1) as engine:
+        assert engine.ask("What is a protein?", max_new_tokens=2).token_ids
+
+
 @pytest.mark.usefixtures("without_library")
-def test_records_are_refused_with_the_way_out_and_portable_bundles_do_not_care(records: Path) -> None:
+@pytest.mark.parametrize("decoder", ["auto", "records"])
+def test_records_alone_are_refused_with_the_way_out_and_portable_bundles_do_not_care(
+    records_alone: Path, decoder: Wanted
+) -> None:
     with pytest.raises(PlatformError, match=r"int4 operators cannot be used.*biomedgpt-export relayout") as caught:
-        Engine.load(records, threads=1)
+        Engine.load(records_alone, threads=1, decoder=decoder)
     assert caught.value.seen == ort.__version__
     Engine.load(threads=1).close()
 
 
 @pytest.mark.usefixtures("without_library")
-def test_doctor_says_so(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_portable_decoder_is_used_instead_and_a_warning_says_why(
+    records: Path, engines: dict[str, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Engine.load(records, threads=1) as engine:
+        prompt = prepared(engine, "aspirin")
+        np.testing.assert_array_equal(engine.first_logits(prompt), engines["portable"].first_logits(prompt))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    expected = r"the int4 operators cannot be used .*none\.so.* The portable decoder is used instead\."
+    assert re.fullmatch(expected, warning)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_records_that_were_asked_for_are_not_replaced(records: Path) -> None:
+    with pytest.raises(PlatformError, match=r"int4 operators cannot be used.*Leave the choice of the decoder to auto"):
+        Engine.load(records, threads=1, decoder="records")
+
+
+@pytest.mark.usefixtures("without_library")
+def test_an_export_that_could_not_be_compared_is_refused_before_it_begins(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = ["--family", "biomedgpt-10b", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "b")]
+    assert export(["bundle", *checkpoint, "--quantizer", "rtn"]) == ExportError.exit_code
+    assert not list(tmp_path.glob("*b*"))
+    assert export(["bundle", *checkpoint, "--quantizer", "rtn", "--proof", "none"]) == 0
+
+
+@pytest.mark.usefixtures("without_library")
+def test_doctor_and_inspect_say_so(records: Path, records_alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def findings(*arguments: str) -> Any:
         code = edge(["doctor", "--json", *arguments])
         return code, {one["what"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
 
-    code, found = findings("--bundle", str(records))
+    code, found = findings("--bundle", str(records_alone))
     assert code == PlatformError.exit_code
     assert not found["int4 operators"]["ok"]
     assert "relayout" in found["int4 operators"]["remedy"]
-    assert "int4 operators" not in findings()[1]
+    code, found = findings("--bundle", str(records))
+    assert code == 0
+    assert found["int4 operators"]["found"].startswith("the int4 operators cannot be used")
+    assert found["decoder"]["found"].startswith("portable, derived in the device cache: the int4 operators cannot")
+    code, found = findings()
+    assert "int4 operators" not in found
+    assert found["decoder"]["found"] == "portable, computed with ONNX Runtime's operators"
+    for path, used in ((records_alone, "nothing: the int4 operators"), (records, "portable, derived in the device")):
+        assert edge(["inspect", str(path)]) == 0
+        assert f"used here   {used}" in capsys.readouterr().out
+
+
+# --- where one is asked for -------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_that_a_bundle_does_not_have_is_refused_by_name(records_alone: Path) -> None:
+    with pytest.raises(OptionError, match=r"records was asked for.* is portable.*biomedgpt-export relayout"):
+        Engine.load(decoder="records")
+    with pytest.raises(OptionError, match=r"portable decoder was asked for.*nothing to derive.*relayout"):
+        Engine.load(records_alone, decoder="portable")
+    with pytest.raises(OptionError, match=r"decoder is 'fast'.*Give auto, records, portable"):
+        Engine.load(decoder="fast")  # type: ignore[arg-type]
+
+
+def test_a_portable_bundle_needs_nothing_derived(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        Engine.load(threads=1, decoder="portable").close()
+    assert not caplog.records
+
+
+def test_the_commands_take_it(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path / "cache"))
+    question = ["ask", "--bundle", str(records), "--max-new-tokens", "8", "--quiet", "What is a protein?"]
+    said = []
+    for decoder in ("portable", "portable", "records", "auto"):
+        assert edge([*question, "--decoder", decoder]) == 0
+        said.append(capsys.readouterr())
+    assert len({answer.out for answer in said}) == 1
+    derived = f"deriving the portable decoder, 4 MiB in {tmp_path}/cache/portable, once\n"
+    assert [answer.err.count(derived) for answer in said] == [1, 0, 0, 0]
+    assert edge(["ask", "--decoder", "records", "?"]) == OptionError.exit_code
+    assert edge(["cache", "info"]) == 0
+    assert re.search(r"portable +\d files +3\.4 MB  portable decoders", capsys.readouterr().out)
+    assert edge(["cache", "clear"]) == 0
+    assert not list((tmp_path / "cache" / "portable").iterdir())
+
+
+@pytest.mark.parametrize(("decoder", "layout"), [("auto", RECORDS), ("portable", PORTABLE)])
+def test_the_benchmark_says_which_one_it_measured(records: Path, decoder: Wanted, layout: str) -> None:
+    limits = Limits(2**31, {"one stream": 3e10}, {"int8 portable": 1e12, "fp32 portable": 1e11})
+    suite = Suite(Plan(records, 1, 1, ("load",), decoder), silent, probing=lambda threads, size: limits)
+    assert suite.run()["model"]["decoder"] == layout
 
 
 def test_a_session_has_the_operators_only_where_the_manifest_says_records(

@@ -21,6 +21,7 @@ from biomedgpt_edge.manifest import (
     Manifest,
     MoleculeEncoderSpec,
     Policy,
+    PortableGraph,
     ProteinEncoderSpec,
     TensorFiles,
     parse_manifest,
@@ -94,13 +95,13 @@ def test_a_manifest_that_cannot_be_written_as_json_is_not_written() -> None:
 
 def test_a_manifest_from_the_future_asks_for_an_update() -> None:
     with pytest.raises(BundleVersionError, match="Update biomedgpt-edge") as caught:
-        parse_manifest(changed("schema_version", 3))
-    assert (caught.value.seen, caught.value.limit) == (3, 2)
+        parse_manifest(changed("schema_version", 4))
+    assert (caught.value.seen, caught.value.limit) == (4, 3)
 
 
 def test_the_version_is_looked_at_before_fields_that_another_version_may_have() -> None:
     fields = raw()
-    fields["schema_version"] = 3
+    fields["schema_version"] = 4
     fields["later"] = True
     del fields["policy"]
     with pytest.raises(BundleVersionError):
@@ -149,11 +150,62 @@ def test_a_layout_that_is_no_text_is_refused(layout: str) -> None:
         parse_manifest(IN_RECORDS.to_json().replace('"records-1"', layout))
 
 
-def test_a_layout_is_known_to_version_2_alone_and_needed_there() -> None:
-    with pytest.raises(ManifestError, match="unknown layout"):
+def test_what_a_version_added_is_unknown_before_and_needed_from_then_on() -> None:
+    with pytest.raises(ManifestError, match="unknown layout: schema version 1"):
         parse_manifest(changed("decoder.layout", RECORDS))
     with pytest.raises(ManifestError, match="lacks layout"):
         parse_manifest(changed("schema_version", 2))
+    fields = json.loads(WITH_PORTABLE.to_json())
+    for version, wrong in ((1, "unknown layout, portable"), (2, "unknown portable")):
+        with pytest.raises(ManifestError, match=f"{wrong}: schema version {version}"):
+            parse_manifest(json.dumps({**fields, "schema_version": version}))
+    del fields["decoder"]["portable"]
+    with pytest.raises(ManifestError, match="lacks portable"):
+        parse_manifest(json.dumps(fields))
+
+
+# --- a portable graph beside records ----------------------------------------------------------------------------------
+
+WITH_PORTABLE = dataclasses.replace(
+    IN_RECORDS,
+    decoder=dataclasses.replace(IN_RECORDS.decoder, portable=PortableGraph("sub/other.onnx", 4096, "2" * 64)),
+)
+
+
+def test_a_bundle_with_a_portable_graph_has_a_version_of_its_own() -> None:
+    fields = json.loads(WITH_PORTABLE.to_json())
+    assert fields["schema_version"] == 3
+    assert fields["decoder"]["portable"] == {"graph": "sub/other.onnx", "data_size": 4096, "data_sha256": "2" * 64}
+    assert parse_manifest(WITH_PORTABLE.to_json()) == WITH_PORTABLE
+
+
+def test_its_data_is_named_after_it() -> None:
+    assert PortableGraph("sub/other.onnx", 4096, "2" * 64).data == "other.data"
+
+
+@pytest.mark.parametrize("graph", ["", "other", "other.data", "other.onnx.data", "other.ONNX", ".onnx"])
+def test_a_portable_graph_by_another_name_is_refused(graph: str) -> None:
+    with pytest.raises(ManifestError, match=r"portable\.graph'.*which does not end in \.onnx"):
+        parse_manifest(WITH_PORTABLE.to_json().replace("sub/other.onnx", graph))
+
+
+def test_a_portable_decoder_has_none_beside_it() -> None:
+    with pytest.raises(ManifestError, match=r"'sub/other\.onnx', and the decoder is portable itself"):
+        parse_manifest(WITH_PORTABLE.to_json().replace('"records-1"', '"portable"'))
+
+
+@pytest.mark.parametrize("value", ['"other.onnx"', "[]", "{}", '{"graph": "other.onnx"}'])
+def test_a_portable_graph_that_is_not_described_is_refused(value: str) -> None:
+    fields = json.loads(WITH_PORTABLE.to_json())
+    fields["decoder"]["portable"] = json.loads(value)
+    with pytest.raises(ManifestError, match=r"'manifest\.decoder\.portable'"):
+        parse_manifest(json.dumps(fields))
+
+
+@pytest.mark.parametrize("size", [-1, 2**48 + 1, 10**300])
+def test_the_size_of_its_data_has_limits(size: int) -> None:
+    with pytest.raises(ManifestError, match=r"portable\.data_size.*must lie between"):
+        parse_manifest(WITH_PORTABLE.to_json().replace("4096", str(size)))
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

@@ -32,10 +32,15 @@ PAGE, LINE = 4096, 64
 
 
 class GraphBuilder:
-    """Builds one graph beside its external data file (``<stem>.onnx`` and ``<stem>.data``)."""
+    """Builds one graph beside its external data file (``<stem>.onnx`` and ``<stem>.data``).
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        on_pages: whether tensors in that file start on pages also where a cache line would do.
+    """
+
+    def __init__(self, path: Path, *, on_pages: bool = False) -> None:
         self.path = path
+        self._on_pages = on_pages
         self._data_name = f"{path.stem}.data"
         self._data = (path.parent / self._data_name).open("xb")
         self._nodes: list[onnx.NodeProto] = []
@@ -93,7 +98,8 @@ class GraphBuilder:
         if array.nbytes < INLINE_BYTES and not mapped:
             proto.raw_data = array.tobytes()
         else:
-            self._write_external(proto, array, PAGE if mapped or array.nbytes >= 16 * PAGE else LINE)
+            on_page = mapped or self._on_pages or array.nbytes >= 16 * PAGE
+            self._write_external(proto, array, PAGE if on_page else LINE)
         self._initializers.append(proto)
         return name
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from biomedgpt_edge.decoder.tensor_names import VALUES, layer_names, records_name
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, INT4_MATRICES
 
 from ..errors import ModelConfigError
@@ -22,10 +23,9 @@ from ..quantize.int4 import GROUP_SIZES
 from .attention import HEAD_STEP, LENGTH, MAX_HEAD_SIZE, Attention, length_input
 from .builder import CONTRIB, GraphBuilder
 from .linear import ACCURACY_LEVELS, Activations, add_int4_product
-from .records import matrix_names, packed, records_name
+from .records import packed
 from .stored import StoredWeights
 
-_VALUES = ".weight_int4"
 # With which the operators compute.
 _ACTIVATIONS: Activations = "int8"
 
@@ -149,7 +149,7 @@ def _is_ours(product: onnx.NodeProto) -> bool:
     attributes = _attributes(product)
     return (
         len(product.input) == 3
-        and product.input[1].endswith(_VALUES)
+        and product.input[1].endswith(VALUES)
         and attributes.keys() == {"K", "N", "bits", "block_size", "accuracy_level"}
         and attributes["bits"] == 4
         and attributes["block_size"] in GROUP_SIZES
@@ -207,7 +207,7 @@ def _write(
 
 def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeights) -> None:
     first = operator.products[0]
-    names = [product.input[1].removesuffix(_VALUES) for product in operator.products]
+    names = [product.input[1].removesuffix(VALUES) for product in operator.products]
     parts = [packed(stored.int4(name)) for name in names]
     by_turns = parts[0] if len(parts) == 1 else np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
     records = graph.tensor(records_name(names), by_turns, mapped=True)
@@ -215,8 +215,11 @@ def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeight
     graph.node(operator.name, [first.input[0], records], operator.output, domain=INT4_DOMAIN, **widths)
 
 
-def write_portable(source: Path, target: Path) -> None:
+def write_portable(source: Path, target: Path, *, on_pages: bool = False) -> None:
     """The inverse of :func:`write_with_int4_ops`: the same matrices, bit for bit, with MatMulNBits.
+
+    Args:
+        on_pages: whether all tensors outside the graph file start on pages, as in what a box derives.
 
     Raises:
         FileExistsError: there are weights beside ``target`` already.
@@ -224,11 +227,11 @@ def write_portable(source: Path, target: Path) -> None:
     stored = StoredWeights(source)
     model = onnx.load(str(source), load_external_data=False).graph
     weights = {tensor.name for tensor in model.initializer}
-    graph = GraphBuilder(target)
+    graph = GraphBuilder(target, on_pages=on_pages)
     try:
         caches = [pair for own in _attentions(model) for pair in own.portable_cache(_head_size(own, stored))]
         _adopt_signature(graph, model, caches)
-        if caches:
+        if caches and all(value.name != LENGTH for value in model.input):
             graph.adopt_input(length_input())
         for node in model.node:
             attention = Attention.read(node)
@@ -253,7 +256,7 @@ def _adopt(graph: GraphBuilder, node: onnx.NodeProto, weights: Collection[str], 
 
 
 def _add_products(graph: GraphBuilder, node: onnx.NodeProto, stored: StoredWeights) -> None:
-    output, names = node.output[0], matrix_names(node.input[1])
+    output, names = node.output[0], layer_names(node.input[1])
     products = [add_int4_product(graph, node.input[0], name, stored.int4(name), _ACTIVATIONS) for name in names]
     if len(products) == 1:
         graph.rename_outputs(products[0], [output])

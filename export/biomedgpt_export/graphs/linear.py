@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import torch
 
+from biomedgpt_edge.decoder.tensor_names import SCALES, VALUES
+
 from ..quantize.int4 import Int4Weight, WeightQuantizer
 from ..quantize.int8 import QMAX_PRODUCT, nearest_int8
 from ..quantize.int8_groups import Int8GroupWeight, nearest_int8_groups
@@ -119,7 +121,7 @@ def add_int4_product(
     graph: GraphBuilder, source: str, name: str, quantized: Int4Weight, activations: Activations
 ) -> str:
     """Adds the product of ``source``, whose columns are in the order of the stored ones; returns the output's name."""
-    packed = graph.tensor(f"{name}.weight_int4", quantized.packed.numpy())
+    packed = graph.tensor(f"{name}{VALUES}", quantized.packed.numpy())
     inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
     if quantized.zero_points is not None:
         inputs.append(graph.tensor(f"{name}.zero_points", quantized.zero_points.flatten().numpy()))
@@ -148,7 +150,7 @@ def _product_in_groups(
 
 def _scales_in_groups(graph: GraphBuilder, name: str, quantized: Int4Weight | Int8GroupWeight) -> str:
     """Stored in fp16 and widened when the graph is loaded: the operator wants the activations' dtype."""
-    scales = graph.tensor(f"{name}.scales", quantized.scales.flatten().numpy())
+    scales = graph.tensor(f"{name}{SCALES}", quantized.scales.flatten().numpy())
     return graph.node("Cast", [scales], f"{name}.scales_fp32", to=onnx.TensorProto.FLOAT)
 
 

@@ -1,8 +1,6 @@
-"""Matrices in the layout of csrc/int4, and what a graph calls them."""
+"""Matrices in the layout of csrc/int4."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +10,7 @@ from biomedgpt_edge import _native
 
 from ..quantize.int4 import GROUP_SIZES, Int4Weight
 
-_SUFFIX, _SEPARATOR = ".records", "+"
-
 Records = npt.NDArray[np.uint8]
-
-
-def records_name(matrices: Sequence[str]) -> str:
-    """The tensor that holds these linear layers, their panels by turns."""
-    return _SEPARATOR.join(matrices) + _SUFFIX
-
-
-def matrix_names(records: str) -> list[str]:
-    """The inverse of :func:`records_name`."""
-    return records.removesuffix(_SUFFIX).split(_SEPARATOR)
 
 
 def records_bytes(rows: int, columns: int, group_size: int) -> int:

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from biomedgpt_edge.decoder.tensor_names import layer_names
 from biomedgpt_edge.onnx_header import INT4_MATRICES
 
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
 from ..quantize.int8_groups import Int8GroupWeight
-from .records import matrix_names, unpacked
+from .records import unpacked
 
 ALL_ROWS = slice(None)
 
@@ -47,7 +48,7 @@ class StoredWeights:
             name: _Place(node.input[1], turn, **{attribute.name: attribute.i for attribute in node.attribute})
             for node in model.graph.node
             if (node.domain, node.op_type) in INT4_MATRICES
-            for turn, name in enumerate(matrix_names(node.input[1]))
+            for turn, name in enumerate(layer_names(node.input[1]))
         }
 
     def linear(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
@@ -91,7 +92,7 @@ class StoredWeights:
         return mapped
 
     def _unpacked(self, place: _Place) -> Int4Weight:
-        return unpacked(self.array(place.records)[place.turn :: len(matrix_names(place.records))], place.N, place.K)
+        return unpacked(self.array(place.records)[place.turn :: len(layer_names(place.records))], place.N, place.K)
 
     def _quantized(self, name: str, rows: slice) -> Int4Weight | Int8Weight | Int8GroupWeight:
         if not self.int8(name):

@@ -33,8 +33,8 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
-def describe_model(bundle: Bundle) -> dict[str, Any]:
-    """The bundle by its identity, and what its speed depends on."""
+def describe_model(bundle: Bundle, layout: str) -> dict[str, Any]:
+    """The bundle by its identity, and what its speed depends on; ``layout`` is that of the decoder that is used."""
     manifest = bundle.manifest
     decoder = manifest.decoder
     return {
@@ -45,6 +45,7 @@ def describe_model(bundle: Bundle) -> dict[str, Any]:
         "layers": decoder.layers,
         "hidden": decoder.hidden_size,
         "context": decoder.context,
+        "decoder": layout,
         "encoders": [
             name
             for name, spec in (("molecule", manifest.molecule_encoder), ("protein", manifest.protein_encoder))

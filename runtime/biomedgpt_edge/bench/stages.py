@@ -15,6 +15,8 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..decoder.base import Embeddings
+from ..decoder.graph import Wanted, choose
+from ..decoder.portable import derived_files
 from ..engine import DEMO_BUNDLE, Engine
 from ..inputs import Molecule, Protein
 from ..prompt import Input
@@ -94,6 +96,7 @@ class LoadStage:
     path: Path | None
     threads: int
     cold: bool
+    decoder: Wanted = "auto"
     group: str = "load"
     bounded: str = ""
     positions: int = 0
@@ -107,10 +110,10 @@ class LoadStage:
 
     def run(self, turn: int, look: Look) -> Samples:
         if self.cold:
-            drop_from_page_cache(self.path)
+            drop_from_page_cache(self.path, self.decoder)
         read_before = bytes_read_from_storage()
         started = time.perf_counter()
-        with Engine.load(self.path, threads=self.threads) as engine:
+        with Engine.load(self.path, threads=self.threads, decoder=self.decoder) as engine:
             ready = time.perf_counter() - started
             _step_once(engine)
             first_step = time.perf_counter() - started
@@ -270,9 +273,9 @@ class RequestStage:
         return samples
 
 
-def load_stages(path: Path | None, threads: int) -> list[Stage]:
+def load_stages(path: Path | None, threads: int, decoder: Wanted) -> list[Stage]:
     """Cold first: it leaves the files in the page cache for the warm one."""
-    return [LoadStage(path, threads, cold) for cold in (True, False)]
+    return [LoadStage(path, threads, cold, decoder) for cold in (True, False)]
 
 
 def serve_stages(engine: Engine, groups: tuple[str, ...]) -> list[Stage]:
@@ -323,8 +326,10 @@ def text_embeddings(bundle: Bundle, group: str, positions: int, turn: int) -> Em
     return embeddings
 
 
-def drop_from_page_cache(path: Path | None) -> None:
-    """Asks the system to forget the pages of a bundle's files, which needs no privilege but that nobody maps them.
+def drop_from_page_cache(path: Path | None, decoder: Wanted) -> None:
+    """Asks the system to forget the pages of a bundle's files and of what ``decoder`` derives from them.
+
+    That needs no privilege but that nobody maps them.
 
     Raises:
         NotMeasured: this system has no such call.
@@ -333,6 +338,9 @@ def drop_from_page_cache(path: Path | None) -> None:
         raise NotMeasured("this system has no posix_fadvise to drop files from the page cache with")
     bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
     files = [bundle.path / entry.path for entry in bundle.manifest.files]
+    portable = choose(bundle, decoder).portable
+    if portable is not None:
+        files += derived_files(bundle, portable)
     del bundle
     for file in files:
         handle = os.open(file, os.O_RDONLY)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..decoder.graph import Wanted, choose
 from ..engine import Engine, available_threads
 from ..errors import MissingModalityError, OptionError, PromptTooLongError
 from .counters import Memory, Processors
@@ -45,6 +46,7 @@ class Plan:
         threads: of the engine and of the probes; None for all that this process may use.
         rounds: how often each stage is timed, after one that only warms up.
         groups: of ``GROUPS``.
+        decoder: as for :meth:`Engine.load`.
 
     Raises:
         OptionError: a value outside its range.
@@ -54,6 +56,7 @@ class Plan:
     threads: int | None = None
     rounds: int = DEFAULT_ROUNDS
     groups: tuple[str, ...] = GROUPS
+    decoder: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= MAX_ROUNDS:
@@ -109,16 +112,16 @@ class Suite:
         """
         plan = self._plan
         machine = describe(self._threads)
-        with Engine.load(plan.bundle, threads=self._threads) as engine:  # a bundle that is broken is refused at once
-            model = describe_model(engine.bundle)
+        with self._engine() as engine:  # a bundle that is broken is refused at once
+            model = describe_model(engine.bundle, choose(engine.bundle, plan.decoder).layout)
         del engine
         found = find_meter()
         meter = None if isinstance(found, str) else found
         try:
             if "load" in plan.groups:
-                self._phase("load", load_stages(plan.bundle, self._threads), meter)
+                self._phase("load", load_stages(plan.bundle, self._threads, plan.decoder), meter)
             if set(plan.groups) - {"load"}:
-                with Engine.load(plan.bundle, threads=self._threads) as engine:
+                with self._engine() as engine:
                     self._phase("serve", serve_stages(engine, plan.groups), meter)
         finally:
             if meter is not None:
@@ -133,6 +136,9 @@ class Suite:
             "energy": energy,
             **self._figures(),
         }
+
+    def _engine(self) -> Engine:
+        return Engine.load(self._plan.bundle, threads=self._threads, decoder=self._plan.decoder)
 
     def _method(self) -> dict[str, Any]:
         return {

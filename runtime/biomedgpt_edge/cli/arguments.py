@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..decoder.graph import WANTED
 from ..engine import Engine
 from ..errors import InputFileError
 from ..inputs import Molecule, Protein
@@ -18,6 +19,18 @@ _PROTEIN_FILES = (".fasta", ".fa", ".faa", ".fas", ".seq", ".txt")
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="B", help="bundle folder (default: the packaged demo model)")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
+    parser.add_argument(
+        "--decoder",
+        choices=WANTED,
+        default="auto",
+        help="records for our own operators alone, portable for those of ONNX Runtime, derived on this machine where "
+        "the bundle holds records (default: what the bundle holds, or what works here)",
+    )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """What :func:`load_engine` reads."""
+    add_bundle(parser)
     parser.add_argument("--low-memory", action="store_true", help="close each encoder as soon as it has read an input")
     parser.add_argument("--memory-limit", metavar="SIZE", help="such as 6GiB: shortens the context to what fits")
     parser.add_argument(
@@ -26,10 +39,11 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(options: argparse.Namespace) -> Engine:
-    """The engine that the options of :func:`add_bundle` ask for."""
+    """The engine that the options of :func:`add_engine` ask for."""
     return Engine.load(
         options.bundle,
         threads=options.threads,
+        decoder=options.decoder,
         low_memory=options.low_memory,
         memory_limit=options.memory_limit,
         keep_soft_tokens=options.keep_soft_tokens,

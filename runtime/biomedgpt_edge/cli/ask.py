@@ -8,12 +8,12 @@ import sys
 
 from ..engine import Answer
 from ..generate import Timings
-from .arguments import add_bundle, add_generation, add_inputs, generation_options, load_engine, read_inputs
+from .arguments import add_engine, add_generation, add_inputs, generation_options, load_engine, read_inputs
 from .output import note_length, policy_lines, say, tell
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_engine(parser)
     add_inputs(parser)
     add_generation(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")

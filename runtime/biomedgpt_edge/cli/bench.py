@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         _check_writable(path)
     bundle = None if options.bundle is None else Path(options.bundle)
     groups = tuple(dict.fromkeys(options.stages.split(",")))
-    result = Suite(Plan(bundle, options.threads, options.rounds, groups), tell).run()
+    result = Suite(Plan(bundle, options.threads, options.rounds, groups, options.decoder), tell).run()
     text = _FORMATS[options.format](result)
     if options.out is None:
         print(text if options.json else printable(text), end="")

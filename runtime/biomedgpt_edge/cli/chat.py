@@ -10,7 +10,7 @@ from ..errors import BioMedGPTError
 from ..prompt import Input
 from ..sampling import OptionArguments
 from .arguments import (
-    add_bundle,
+    add_engine,
     add_generation,
     add_inputs,
     generation_options,
@@ -31,7 +31,7 @@ Ctrl-C stops an answer, or leaves when there is none."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_engine(parser)
     add_inputs(parser)
     add_generation(parser)
     parser.set_defaults(run=run)

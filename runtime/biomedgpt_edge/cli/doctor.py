@@ -133,19 +133,22 @@ def _bundle(open_bundle: Callable[[str], Bundle], path: str) -> Iterator[Finding
     manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files)
     yield Finding("bundle", f"{manifest.name}, {manifest.precision}, {size / 1e6:.1f} MB, every hash matches")
-    yield from _int4_ops(manifest.decoder.layout)
+    yield from _decoder(bundle)
 
 
-def _int4_ops(layout: str) -> Iterator[Finding]:
-    """What a decoder in records cannot do without."""
-    from ..int4_ops import check_int4_ops
+def _decoder(bundle: Bundle) -> Iterator[Finding]:
+    """Which decoder is used, and what one in records needs for that."""
+    from ..decoder.graph import choose
     from ..manifest import RECORDS
 
-    if layout != RECORDS:
-        return
     try:
-        check_int4_ops()
+        choice = choose(bundle)
     except PlatformError as error:
         yield Finding("int4 operators", error.message, ok=False, remedy=error.remedy)
-    else:
+        return
+    yield Finding("decoder", choice.description)
+    if choice.layout == RECORDS:
         yield Finding("int4 operators", f"{_native.int4_paths()[0]}; their self-test passed")
+    elif choice.obstacle:
+        remedy = "Answers come slower. Install biomedgpt-edge again with a current onnxruntime."
+        yield Finding("int4 operators", choice.obstacle, remedy=remedy)

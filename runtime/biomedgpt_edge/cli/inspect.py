@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import _native
 from ..bundle import Bundle
+from ..decoder.graph import choose
 from ..engine import DEMO_BUNDLE
-from ..manifest import RECORDS, Manifest
+from ..errors import PlatformError
+from ..manifest import Manifest, PortableGraph
 from .output import policy_lines, printable
 
 
@@ -38,7 +39,8 @@ def _lines(bundle: Bundle) -> list[str]:
         f"decoder     {decoder.layers} layers, hidden {decoder.hidden_size}, {decoder.heads} heads "
         f"({decoder.kv_heads} KV), FFN {decoder.intermediate_size}, vocabulary {decoder.vocabulary}, "
         f"context {decoder.context}",
-        f"layout      {decoder.layout}{_path(decoder.layout)}",
+        f"layout      {decoder.layout}{_portable(decoder.portable)}",
+        f"used here   {_used(bundle)}",
         *_encoder_lines(manifest),
         f"made from   {', '.join(f'{s.path} ({_size(s.size)}, {s.sha256[:12]}…)' for s in manifest.sources)}",
         "",
@@ -55,9 +57,18 @@ def _lines(bundle: Bundle) -> list[str]:
     return lines
 
 
-def _path(layout: str) -> str:
-    """What computes a decoder of this layout, where that is more than ONNX Runtime."""
-    return f", on this machine computed with {_native.int4_paths()[0]}" if layout == RECORDS else ""
+def _portable(portable: PortableGraph | None) -> str:
+    if portable is None:
+        return ""
+    return f", and {portable.graph}, whose {_size(portable.data_size)} are derived where it is used"
+
+
+def _used(bundle: Bundle) -> str:
+    """What computes the decoder on this machine unless something else is asked for."""
+    try:
+        return choose(bundle).description
+    except PlatformError as error:
+        return f"nothing: {error}"
 
 
 def _encoder_lines(manifest: Manifest) -> list[str]:

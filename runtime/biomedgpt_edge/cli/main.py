@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .. import _native
 from ..errors import BioMedGPTError, PlatformError
-from .output import tell
+from .output import tell, telling
 
 EXIT_CODES = """\
 exit codes:
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        code: int = options.run(options)
+        with telling():
+            code: int = options.run(options)
         sys.stdout.flush()
     except BioMedGPTError as error:
         if getattr(options, "json", False):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +26,26 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """A part of the answer, on stdout: as it is for a program that reads it, printable for a person."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+class _Tells(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        tell(f"warning: {record.getMessage()}" if warning else record.getMessage())
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tells what the package logs meanwhile, from information upwards."""
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), _Tells()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def note_length(answer: Answer, limit: int) -> None:

@@ -85,7 +85,7 @@ class Decoder(Protocol):
 
     @property
     def identity(self) -> str:
-        """What its bits depend on beside the bundle and the processor: engine, version, threads, KV cache."""
+        """What its bits depend on beside the bundle and the processor: engine, version, threads, layout, KV cache."""
         ...
 
     @property

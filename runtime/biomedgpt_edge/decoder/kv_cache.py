@@ -53,6 +53,11 @@ class KvLayout:
         return cls(element, np.dtype(np.uint8), spec.layers, spec.kv_heads, BLOCK, width)
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether it is made of blocks, and not of rows."""
+        return self.positions_per_entry == BLOCK
+
+    @property
     def names(self) -> list[str]:
         """Of the arrays, in the order in which they are stacked: keys and values of layer 0, of layer 1, ..."""
         return [f"{part}.{layer}" for layer in range(self.layers) for part in ("key", "value")]

@@ -23,6 +23,7 @@ from ..manifest import RECORDS, DecoderSpec
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
+from .graph import DecoderGraph
 from .kv_cache import DEFAULT_KV_ELEMENT, KeyValues, KvElement, KvLayout, Values
 
 # Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
@@ -37,7 +38,10 @@ CACHE_LINE = 64
 
 
 class OnnxDecoder:
-    """The decoder graph of a bundle, loaded.
+    """The decoder of a bundle, loaded: its own graph, or another one of the same model.
+
+    Attributes:
+        layout: of the graph.
 
     Args:
         kv_cache: what keys and values are stored as; None is fp32.
@@ -48,24 +52,33 @@ class OnnxDecoder:
         PlatformError: it lies in records, and the operators for these cannot be used here.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int, kv_cache: KvElement | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        graph: DecoderGraph | None = None,
+        kv_cache: KvElement | None = None,
+    ) -> None:
+        graph = DecoderGraph.of(bundle) if graph is None else graph
         self.spec = bundle.manifest.decoder
+        self.layout = graph.layout
         self.table = bundle.embeddings
-        self.kv = kv_layout(self.spec, kv_cache)
+        self.kv = kv_layout(self.spec, self.layout, kv_cache)
         inputs, outputs = _signature(self.spec, self.kv)
         self.session = open_session(
-            bundle.file(self.spec.graph),
+            graph.path,
             threads=threads,
             inputs=inputs,
             outputs=outputs,
-            register=register_int4_ops if self.spec.layout == RECORDS else None,
+            register=register_int4_ops if self.layout == RECORDS else None,
         )
-        self.identity = f"{identity(threads)}, KV cache {self.kv.element}"
+        self.identity = f"{identity(threads)}, {self.layout}, KV cache {self.kv.element}"
 
     @property
     def tile(self) -> int:
         """See :class:`Decoder`."""
-        return RECORDS_TILE if self.spec.layout == RECORDS else TILE
+        return RECORDS_TILE if self.layout == RECORDS else TILE
 
     def open(self, capacity: int, start: KeyValues | None = None) -> OnnxState:
         """See :meth:`Decoder.open`.
@@ -234,7 +247,7 @@ class OnnxState:
         _bind_input(binding, "inputs_embeds", embeddings[np.newaxis])
         _bind_input(binding, "logit_positions", positions)
         _bind_input(binding, "seqlens_k", self._last_position)
-        if self._spec.layout != RECORDS:  # says nothing that the last position does not
+        if not self._kv.in_blocks:  # says nothing that the last position does not
             _bind_input(binding, "total_sequence_length", self._total_length)
         _bind_output(binding, "logits", logits)
         for name, buffer in self._cache.items():
@@ -247,13 +260,13 @@ class OnnxState:
             self._session.run_with_iobinding(binding)
 
 
-def kv_layout(spec: DecoderSpec, element: KvElement | None) -> KvLayout:
-    """How the KV cache of a decoder lies in memory.
+def kv_layout(spec: DecoderSpec, layout: str, element: KvElement | None) -> KvLayout:
+    """How the KV cache of a decoder lies in memory, by the layout of its graph.
 
     Raises:
         OptionError: not with this element type.
     """
-    if spec.layout == RECORDS:
+    if layout == RECORDS:
         return KvLayout.blocks(spec, element or DEFAULT_KV_ELEMENT)
     if element not in (None, DEFAULT_KV_ELEMENT):
         raise OptionError(
@@ -292,15 +305,14 @@ def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> 
 
 def _signature(spec: DecoderSpec, kv: KvLayout) -> tuple[Signature, Signature]:
     *leading, heads, _, width = kv.shape(0)
-    blocks = spec.layout == RECORDS
     # The width of a block says the element type, which the graph leaves open.
-    shape: list[int | None] = [*leading, heads, None, None if blocks else width]
-    cache = "tensor(uint8)" if blocks else "tensor(float)", shape
+    shape: list[int | None] = [*leading, heads, None, None if kv.in_blocks else width]
+    cache = "tensor(uint8)" if kv.in_blocks else "tensor(float)", shape
     inputs: dict[str, tuple[str, list[int | None]]] = {
         "inputs_embeds": ("tensor(float)", [1, None, spec.hidden_size]),
         "logit_positions": ("tensor(int64)", [None]),
         "seqlens_k": ("tensor(int32)", [1]),
-        **({} if blocks else {"total_sequence_length": ("tensor(int32)", [])}),
+        **({} if kv.in_blocks else {"total_sequence_length": ("tensor(int32)", [])}),
         **{f"past_{name}": cache for name in kv.names},
     }
     outputs: dict[str, tuple[str, list[int | None]]] = {

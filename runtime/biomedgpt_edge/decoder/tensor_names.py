@@ -1,0 +1,19 @@
+"""What the tensors of int4 linear layers are called, in graphs of either layout: one is derived from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Behind the name of a layer: values and scales of MatMulNBits; behind those of one or two, records.
+VALUES, SCALES, RECORDS = ".weight_int4", ".scales", ".records"
+_SEPARATOR = "+"
+
+
+def records_name(layers: Sequence[str]) -> str:
+    """The tensor that holds these linear layers, their panels by turns."""
+    return _SEPARATOR.join(layers) + RECORDS
+
+
+def layer_names(records: str) -> list[str]:
+    """The inverse of :func:`records_name`."""
+    return records.removesuffix(RECORDS).split(_SEPARATOR)
