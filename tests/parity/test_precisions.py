@@ -94,11 +94,14 @@ def test_the_head_has_a_precision_of_its_own(
 
 def test_a_head_in_int8_is_counted_before_it_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
     layout = Layout.locate(tiny_checkpoint)
-    four, eight = (plan_bundle(ExportOptions(layout, tmp_path / "x", lm_head=head)) for head in ("int4", "int8"))
+    common: dict[str, Any] = {"decoder_layout": "portable"}
+    four, eight = (
+        plan_bundle(ExportOptions(layout, tmp_path / "x", lm_head=head, **common)) for head in ("int4", "int8")
+    )
     assert eight.parts["lm_head"] == 1001 * (128 + 2)
     assert four.parts["decoder"] - eight.parts["decoder"] == 1001 * (64 + 2)
     assert "lm_head" not in four.parts
-    bundle = export(tiny_checkpoint, tmp_path / "bundle", lm_head="int8", proof="none")
+    bundle = export(tiny_checkpoint, tmp_path / "bundle", lm_head="int8", proof="none", **common)
     assert eight.parts["decoder"] + eight.parts["lm_head"] == bytes_of_linears(bundle.path / "decoder.onnx")
     # GPTQ, too, leaves it out.
     assert four.work - eight.work == 1001 * (64 + 2)
