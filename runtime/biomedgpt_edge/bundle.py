@@ -20,9 +20,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .decoder.tensor_names import ROPE_COS, ROPE_SIN
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, RECORDS, FileEntry, Manifest, PortableGraph, parse_manifest
-from .onnx_header import OPERATORS, RECORDS_OPERATORS, ExternalTensor, read_header
+from .manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    RECORDS,
+    DecoderSpec,
+    FileEntry,
+    Manifest,
+    PortableGraph,
+    parse_manifest,
+)
+from .onnx_header import OPERATORS, RECORDS_OPERATORS, ExternalTensor, Header, read_header
 from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
@@ -173,7 +183,10 @@ class Bundle:
     def _check_graphs(self) -> None:
         """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
         decoder = self.manifest.decoder
-        self._check_graph(decoder.graph, OPERATORS.union(RECORDS_OPERATORS if decoder.layout == RECORDS else ()))
+        if decoder.layout == RECORDS:
+            _check_rotations(self._check_graph(decoder.graph, OPERATORS | RECORDS_OPERATORS), decoder)
+        else:
+            self._check_graph(decoder.graph, OPERATORS)
         if decoder.portable is not None:
             self._check_portable(decoder.portable)
         for spec in (self.manifest.molecule_encoder, self.manifest.protein_encoder):
@@ -189,7 +202,9 @@ class Bundle:
             )
         self._check_graph(portable.graph, OPERATORS, {data: portable.data_size})
 
-    def _check_graph(self, graph: str, operators: Set[tuple[str, str]], sizes: Mapping[str, int] | None = None) -> None:
+    def _check_graph(
+        self, graph: str, operators: Set[tuple[str, str]], sizes: Mapping[str, int] | None = None
+    ) -> Header:
         """``sizes`` are those of the files that it may refer to; left out, those of the bundle."""
         header = read_header(self.file(graph))
         for tensor in header.tensors:
@@ -206,6 +221,7 @@ class Bundle:
             raise BundleCorruptError(
                 f"{graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
             )
+        return header
 
     def _check_tensors(self) -> None:
         """Headers and shapes of what lies outside the graphs; maps the files and reads none of their tensors."""
@@ -224,6 +240,23 @@ class Bundle:
 def _beside(graph: str, location: str) -> str:
     """Path in the bundle of what a graph refers to: locations are relative to the graph's own folder."""
     return str(PurePosixPath(graph).parent / location)
+
+
+def _check_rotations(header: Header, decoder: DecoderSpec) -> None:
+    """In records, the KV cache is bytes to a graph, and the table of rotations is what says how long a head is.
+
+    A graph without one is no such decoder; its inputs are not those of one either, which is said when it is loaded.
+    """
+    expected = decoder.context, decoder.head_size // 2
+    for name in (ROPE_COS, ROPE_SIN):
+        if header.shapes.get(name, expected) != expected:
+            raise BundleCorruptError(
+                f"{name} of {decoder.graph} is {header.shapes.get(name)}, and the manifest declares heads of "
+                f"{decoder.head_size} and {decoder.context:,} positions.",
+                seen=str(header.shapes.get(name)),
+                limit=str(expected),
+                remedy=_RE_EXPORT,
+            )
 
 
 def _check_reference(graph: str, tensor: ExternalTensor, sizes: Mapping[str, int]) -> None:

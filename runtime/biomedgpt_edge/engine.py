@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
-from .decoder.graph import Wanted, decoder_graph
-from .decoder.onnx import OnnxDecoder
+from .decoder.graph import Wanted, choose, decoder_graph
+from .decoder.kv_cache import KvElement
+from .decoder.onnx import OnnxDecoder, kv_layout
 from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
@@ -201,6 +202,7 @@ class Engine:
         threads: int | None = None,
         verify: Verify = "once",
         decoder: Wanted = "auto",
+        kv_cache: KvElement | None = None,
         allow_16bit: bool | None = None,
         low_memory: bool = False,
         memory_limit: int | str | None = None,
@@ -217,6 +219,9 @@ class Engine:
                 used here, the portable one, which a warning of the logger ``biomedgpt_edge`` says. "portable" asks
                 for that one; it is derived in the device cache, once, and takes as much space as the bundle's.
                 "records" takes no other than that.
+            kv_cache: what the decoder's keys and values are stored as, "fp32" (left out), "fp16" or "int8" with a scale
+                per position and head: half and a quarter of the bytes to keep, and to read for each token. A portable
+                decoder has fp32 alone.
             allow_16bit: whether features and weights may be rounded to bfloat16 where they are projected, which is
                 faster on processors with instructions for it; left out, in bundles that store 16 or 4 bits, and not in
                 fp32 ones.
@@ -229,7 +234,7 @@ class Engine:
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
             OptionError: ``threads``, ``verify`` or ``memory_limit`` is out of range, or the bundle has no such
-                ``decoder``.
+                ``decoder``, or that no such ``kv_cache``.
             PlatformError: the decoder cannot be used here, or not be derived.
             MemoryLimitError: ``memory_limit`` holds no model and answer.
         """
@@ -240,14 +245,16 @@ class Engine:
             raise OptionError(f"verify is {verify!r}.", remedy="Give 'once', 'full' or 'sizes'.")
         limit = None if memory_limit is None else parse_size(memory_limit)
         bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
-        context = None if limit is None else context_within(bundle, limit, low_memory=low_memory)
+        choice = choose(bundle, decoder)
+        kv = kv_layout(bundle.manifest.decoder, choice.layout, kv_cache)
+        context = None if limit is None else context_within(bundle, limit, kv, low_memory=low_memory)
         if verify == "full":
             bundle.verify()
         elif verify == "once":
             verify_once(bundle)
         return cls(
             bundle,
-            OnnxDecoder(bundle, threads=count, graph=decoder_graph(bundle, decoder, verify)),
+            OnnxDecoder(bundle, threads=count, graph=decoder_graph(bundle, choice, verify), kv_cache=kv_cache),
             threads=count,
             allow_16bit=allow_16bit,
             prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),

@@ -6,6 +6,7 @@ import re
 from pathlib import PurePosixPath
 
 from .bundle import Bundle
+from .decoder.kv_cache import KvLayout
 from .errors import MemoryLimitError, OptionError
 from .generate import PREFILL_CHUNK
 from .soft_tokens import CACHE_BYTES
@@ -31,7 +32,7 @@ def parse_size(value: int | str) -> int:
     return int(float(match[1]) * unit)
 
 
-def context_within(bundle: Bundle, limit: int, *, low_memory: bool) -> int:
+def context_within(bundle: Bundle, limit: int, kv: KvLayout, *, low_memory: bool) -> int:
     """Positions of prompt and answer that one answer at a time may have, at most the model's context.
 
     Counted are the files of the bundle that are in use together, with ``low_memory`` the larger encoder alone; soft
@@ -40,6 +41,7 @@ def context_within(bundle: Bundle, limit: int, *, low_memory: bool) -> int:
 
     Args:
         limit: bytes.
+        kv: of the decoder that is used.
 
     Raises:
         MemoryLimitError: too few are left for an answer.
@@ -47,9 +49,9 @@ def context_within(bundle: Bundle, limit: int, *, low_memory: bool) -> int:
     spec = bundle.manifest.decoder
     fixed = _fixed_bytes(bundle, low_memory)
     scratch = 4 * PREFILL_CHUNK * (4 * spec.hidden_size + 3 * spec.intermediate_size)
-    per_position = 4 * (
-        2 * spec.layers * spec.kv_heads * spec.head_size + spec.hidden_size + spec.heads * PREFILL_CHUNK
-    )
+    # GroupQueryAttention writes the scores of a whole call; our own has a tile of them.
+    scores = 0 if kv.in_blocks else spec.heads * PREFILL_CHUNK
+    per_position = kv.bytes_per_position + 4 * (spec.hidden_size + scores)
     needed = fixed + scratch + LEAST_POSITIONS * per_position
     if limit < needed:
         smaller = "" if low_memory else " With low_memory, encoders leave when they are not needed."

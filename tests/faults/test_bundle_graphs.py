@@ -27,6 +27,7 @@ from biomedgpt_edge.onnx_header import (
     MAX_GRAPH_BYTES,
     MAX_REFERENCES,
     OPERATORS,
+    RECORDS_OPERATORS,
     ExternalTensor,
     read_header,
 )
@@ -776,7 +777,7 @@ def test_every_operator_that_bundles_may_use_is_used_by_one(
         for graph in bundle.glob("*.onnx")
         for operator in read_header(graph).operators
     }
-    assert used == OPERATORS | INT4_MATRICES.keys()
+    assert used == OPERATORS | RECORDS_OPERATORS
 
 
 # --- a decoder in records ---------------------------------------------------------------------------------------------
@@ -894,6 +895,60 @@ def test_records_that_cannot_be_used_where_they_lie_are_refused_when_the_session
         Engine.load(bundle_copy, threads=1, verify="sizes")
 
 
+def attention(graph: GraphProto) -> NodeProto:
+    return next(node for node in graph.node if node.op_type == "CausalAttention")
+
+
+def with_heads(**heads: int) -> Change:
+    def change(graph: GraphProto) -> None:
+        for attribute in attention(graph).attribute:
+            attribute.i = heads.get(attribute.name, attribute.i)
+
+    return change
+
+
+def rotations(dims: list[int]) -> Change:
+    """Tables of other shapes, as if the bundle had them."""
+
+    def change(graph: GraphProto) -> None:
+        for tensor in graph.initializer:
+            if tensor.name.startswith("rope_"):
+                tensor.dims[:] = dims
+
+    return change
+
+
+@pytest.mark.parametrize("dims", [[2048, 32], [1024, 16], [2048, 15], [2048 * 16], []])
+def test_rotations_for_other_heads_or_positions_than_the_manifest_declares_are_refused(
+    bundle_copy: Path, dims: list[int]
+) -> None:
+    change_decoder(bundle_copy, rotations(dims))
+    with pytest.raises(BundleCorruptError, match=r"rope_cos of decoder\.onnx is"):
+        Bundle.open(bundle_copy)
+
+
+def input_swapped(one: int, other: int) -> Change:
+    def change(graph: GraphProto) -> None:
+        inputs = attention(graph).input
+        inputs[one], inputs[other] = inputs[other], inputs[one]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [*(with_heads(heads=n) for n in (0, -1, 3, 5, 2**40)), *(with_heads(kv_heads=n) for n in (0, 2, 8, -4)),
+     input_swapped(1, 3), input_swapped(0, 4)],
+)  # fmt: skip
+def test_attention_that_contradicts_what_reaches_it_computes_nothing(bundle_copy: Path, change: Change) -> None:
+    change_decoder(bundle_copy, change)
+    with (
+        pytest.raises(BundleCorruptError, match=r"decoder\.onnx"),
+        Engine.load(bundle_copy, threads=1, verify="sizes") as engine,
+    ):
+        engine.ask("?", max_new_tokens=2)
+
+
 def test_records_beyond_the_end_of_their_file_are_refused(bundle_copy: Path) -> None:
     change_decoder(bundle_copy, places(HEAD, offset=2**30))
     with pytest.raises(BundleCorruptError, match=r"places tensor 'lm_head\.records' at bytes"):
@@ -904,7 +959,7 @@ def test_a_portable_bundle_may_not_use_the_operators(tiny_bundle: Path, tmp_path
     relayout(tiny_bundle, tmp_path / "portable", "portable", lambda line: None)
     for name in ("decoder.data", "decoder.onnx"):
         install(tmp_path / "portable", (tiny_bundle / name).read_bytes(), name)
-    with pytest.raises(BundleCorruptError, match=r"no bundle needs: 'biomedgpt\.Int4GateUp, biomedgpt\.Int4Linear'"):
+    with pytest.raises(BundleCorruptError, match=r"no bundle needs: 'biomedgpt\.CausalAttention, biomedgpt\.Int4"):
         Bundle.open(tmp_path / "portable")
 
 

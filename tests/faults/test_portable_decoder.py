@@ -50,7 +50,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def derive(path: Path, verify: Any = "once") -> Path:
     """The graph that is used where the portable decoder of the bundle at ``path`` is asked for."""
-    graph = decoder_graph(Bundle.open(path), "portable", verify)
+    bundle = Bundle.open(path)
+    graph = decoder_graph(bundle, choose(bundle, "portable"), verify)
     assert graph.layout == PORTABLE
     return graph.path
 

@@ -21,6 +21,7 @@ from biomedgpt_edge.bench.work import prefill_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_edge.decoder.graph import Wanted
+from biomedgpt_edge.decoder.kv_cache import KvElement
 from biomedgpt_edge.engine import DEMO_BUNDLE, PreparedPrompt
 from biomedgpt_edge.errors import BundleCorruptError, OptionError, PlatformError
 from biomedgpt_edge.manifest import PORTABLE, RECORDS
@@ -109,6 +110,48 @@ def test_it_is_the_operators_that_compute(records: Path) -> None:
     used = read_header(records / "decoder.onnx").operators
     assert {(INT4_DOMAIN, "Int4Linear"), (INT4_DOMAIN, "Int4GateUp")} <= used
     assert ("com.microsoft", "MatMulNBits") not in used
+
+
+@pytest.mark.parametrize("element", ["fp16", "int8"])
+def test_answers_with_a_smaller_kv_cache(records: Path, engines: dict[str, Engine], element: KvElement) -> None:
+    with Engine.load(records, threads=1, kv_cache=element) as engine:
+        assert engine.decoder.kv.element == element
+        for name, (question, item) in QUESTIONS.items():
+            inputs = [] if item is None else [item]
+            expected = engines["records"].first_logits(prepared(engines["records"], name))
+            found = engine.first_logits(prepared(engine, name))
+            assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+            assert engine.ask(question, *inputs, max_new_tokens=8).token_ids
+
+
+def test_a_kv_cache_that_the_decoder_cannot_have_is_refused(portable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edge(["ask", "--bundle", str(portable), "--kv-cache", "int8", "Hello"]) == OptionError.exit_code
+    assert "kv_cache is 'int8', and the decoder is portable" in capsys.readouterr().err
+
+
+# --- speculation and prefixes, where rows depend on nothing beside them -----------------------------------------------
+
+
+def test_all_of_the_templates_beginning_is_taken_over(records: Path) -> None:
+    with Engine.load(records, threads=1) as engine:
+        question, item = QUESTIONS["aspirin"]
+        first, again = (engine.ask(question, item, max_new_tokens=12) for _ in range(2))
+        ids = engine.prepare(question, item).token_ids
+        assert again.timings.cached_tokens == first.timings.cached_tokens == int(np.flatnonzero(ids < 0)[0])
+        assert again.token_ids == first.token_ids
+
+
+def test_speculation_is_on_and_changes_no_token(records: Path) -> None:
+    drafted = 0
+    with Engine.load(records, threads=1) as engine:
+        for question, item in QUESTIONS.values():
+            inputs = [] if item is None else [item]
+            options = {"max_new_tokens": 60, "repetition_penalty": 1.0}
+            plain = engine.ask(question, *inputs, **options, speculate=False)
+            default = engine.ask(question, *inputs, **options)
+            assert default.token_ids == plain.token_ids
+            drafted += default.timings.drafted
+    assert drafted
 
 
 # --- from one layout to the other -------------------------------------------------------------------------------------

@@ -216,6 +216,8 @@ def test_a_cache_of_fewer_bytes_is_smaller_and_almost_the_same(records: Path) ->
 def test_a_portable_decoder_stores_fp32_alone(tiny_bundle_fp32: Path) -> None:
     bundle = Bundle.open(tiny_bundle_fp32)
     assert OnnxDecoder(bundle, threads=1, kv_cache="fp32").kv.element == "fp32"
+    with pytest.raises(OptionError, match="kv_cache is 'fp8'"):
+        OnnxDecoder(bundle, threads=1, kv_cache="fp8")  # type: ignore[arg-type]
     others: list[KvElement] = ["fp16", "int8"]
     for name in others:
         with pytest.raises(OptionError, match=f"kv_cache is '{name}', and the decoder is portable"):

@@ -10,6 +10,7 @@ import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.decoder.kv_cache import KvElement, KvLayout
 from biomedgpt_edge.device_cache import ArrayFolder
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.errors import MemoryLimitError, OptionError, PromptTooLongError
@@ -147,9 +148,14 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-def needed(bundle: Bundle, *, low_memory: bool = False) -> int:
+def within(bundle: Bundle, limit: int, *, low_memory: bool = False, kv: KvLayout | None = None) -> int:
+    kv = KvLayout.rows(bundle.manifest.decoder) if kv is None else kv
+    return context_within(bundle, limit, kv, low_memory=low_memory)
+
+
+def needed(bundle: Bundle, *, low_memory: bool = False, kv: KvLayout | None = None) -> int:
     with pytest.raises(MemoryLimitError) as caught:
-        context_within(bundle, 1, low_memory=low_memory)
+        within(bundle, 1, low_memory=low_memory, kv=kv)
     assert isinstance(caught.value.limit, int)
     return caught.value.limit
 
@@ -157,14 +163,14 @@ def needed(bundle: Bundle, *, low_memory: bool = False) -> int:
 def test_the_context_is_what_the_memory_leaves() -> None:
     bundle = Bundle.open(DEMO_BUNDLE)
     spec, least = bundle.manifest.decoder, needed(bundle)
-    assert context_within(bundle, least, low_memory=False) == LEAST_POSITIONS
-    assert context_within(bundle, 2**40, low_memory=False) == spec.context
+    assert within(bundle, least) == LEAST_POSITIONS
+    assert within(bundle, 2**40) == spec.context
     per_position = 4 * 2 * spec.layers * spec.kv_heads * spec.head_size
-    more = context_within(bundle, least + 1000 * per_position, low_memory=False) - LEAST_POSITIONS
+    more = within(bundle, least + 1000 * per_position) - LEAST_POSITIONS
     assert 0 < more < 1000, "a position takes more than its keys and values"
     assert needed(bundle, low_memory=True) < least
     with pytest.raises(MemoryLimitError, match=r"Give at least .* MiB, which leaves 160 positions") as caught:
-        context_within(bundle, least - 1, low_memory=False)
+        within(bundle, least - 1)
     assert "low_memory" in caught.value.remedy
 
 
@@ -181,7 +187,7 @@ def test_an_engine_keeps_to_the_context_that_fits(cache: Path) -> None:
         assert chat._conversation._kept is None, "a chat that waits gives its memory to who asks"
 
 
-def test_a_decoder_like_the_7b_takes_a_mebibyte_per_position() -> None:
+def like_the_7b() -> Bundle:
     bundle = Bundle.open(DEMO_BUNDLE)
     spec = dataclasses.replace(
         bundle.manifest.decoder,
@@ -192,7 +198,18 @@ def test_a_decoder_like_the_7b_takes_a_mebibyte_per_position() -> None:
         kv_heads=32,
         head_size=128,
     )
-    large = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, decoder=spec))
-    least = needed(large)
-    more = context_within(large, least + 100 * 2**20, low_memory=False) - LEAST_POSITIONS
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, decoder=spec))
+
+
+def test_a_decoder_like_the_7b_takes_a_mebibyte_per_position() -> None:
+    large = like_the_7b()
+    more = within(large, needed(large) + 100 * 2**20) - LEAST_POSITIONS
     assert 90 <= more < 100
+
+
+@pytest.mark.parametrize(("element", "least"), [("fp32", 96), ("fp16", 190), ("int8", 360)])
+def test_a_cache_of_fewer_bytes_leaves_room_for_more(element: KvElement, least: int) -> None:
+    large = like_the_7b()
+    kv = KvLayout.blocks(large.manifest.decoder, element)
+    more = within(large, needed(large, kv=kv) + 100 * 2**20, kv=kv) - LEAST_POSITIONS
+    assert least <= more < least * 1.1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
+from biomedgpt_edge.decoder.tensor_names import ROPE_COS, ROPE_SIN
 from biomedgpt_edge.onnx_header import ATTENTION
 
 from .builder import CONTRIB, GraphBuilder
@@ -41,7 +42,7 @@ class Attention:
     def of_layer(cls, layer: int, qkv: str, heads: int, kv_heads: int) -> Attention:
         """With the names that decoder graphs use."""
         past, present = ((f"{state}_key.{layer}", f"{state}_value.{layer}") for state in ("past", "present"))
-        return cls(qkv, past, ("rope_cos", "rope_sin"), f"layers.{layer}.attention", present, heads, kv_heads)
+        return cls(qkv, past, (ROPE_COS, ROPE_SIN), f"layers.{layer}.attention", present, heads, kv_heads)
 
     @classmethod
     def read(cls, node: onnx.NodeProto) -> Attention | None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
+from biomedgpt_edge.decoder.tensor_names import ROPE_COS, ROPE_SIN
+
 from .attention import LAST_POSITION, Attention, length_input
 from .builder import CONTRIB, GraphBuilder
 from .config import LlamaConfig
@@ -117,8 +119,8 @@ def _add_and_norm(
 
 def _add_rope_tables(graph: GraphBuilder, config: LlamaConfig) -> None:
     cos, sin = rope_tables(config.context, config.head_size, config.rope_base)
-    graph.tensor("rope_cos", cos)
-    graph.tensor("rope_sin", sin)
+    graph.tensor(ROPE_COS, cos)
+    graph.tensor(ROPE_SIN, sin)
 
 
 def rope_tables(positions: int, head_size: int, base: float) -> tuple[np.ndarray, np.ndarray]:

@@ -188,7 +188,8 @@ def _write(
     gone: set[str],
 ) -> None:
     caches = [pair for attention in _attentions(model) for pair in attention.own_cache()]
-    _adopt_signature(graph, model, caches, without={LENGTH})
+    others = (node for node in model.node if Attention.read(node) is None)
+    _adopt_signature(graph, model, caches, without={LENGTH}.difference(*(node.input for node in others)))
     weights = {tensor.name for tensor in model.initializer}
     kept = [node for node in model.node if node.output[0] not in gone | operators.keys()]
     # Scales that nothing widens any more are left out.

@@ -33,8 +33,8 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
-def describe_model(bundle: Bundle, layout: str) -> dict[str, Any]:
-    """The bundle by its identity, and what its speed depends on; ``layout`` is that of the decoder that is used."""
+def describe_model(bundle: Bundle, layout: str, kv_cache: str) -> dict[str, Any]:
+    """The bundle by its identity, and what its speed depends on; layout and KV cache are those that are used."""
     manifest = bundle.manifest
     decoder = manifest.decoder
     return {
@@ -46,6 +46,7 @@ def describe_model(bundle: Bundle, layout: str) -> dict[str, Any]:
         "hidden": decoder.hidden_size,
         "context": decoder.context,
         "decoder": layout,
+        "kv_cache": kv_cache,
         "encoders": [
             name
             for name, spec in (("molecule", manifest.molecule_encoder), ("protein", manifest.protein_encoder))

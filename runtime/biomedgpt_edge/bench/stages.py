@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
 from ..bundle import Bundle
 from ..decoder.base import Embeddings
 from ..decoder.graph import Wanted, choose
+from ..decoder.kv_cache import KvElement
 from ..decoder.portable import derived_files
 from ..engine import DEMO_BUNDLE, Engine
 from ..inputs import Molecule, Protein
@@ -89,6 +90,13 @@ class Stage(Protocol):
         ...
 
 
+class LoadOptions(TypedDict):
+    """As for :meth:`Engine.load`."""
+
+    decoder: Wanted
+    kv_cache: KvElement | None
+
+
 @dataclass
 class LoadStage:
     """From a folder to a decoder that is ready, and to the end of its first step."""
@@ -96,7 +104,7 @@ class LoadStage:
     path: Path | None
     threads: int
     cold: bool
-    decoder: Wanted = "auto"
+    options: LoadOptions
     group: str = "load"
     bounded: str = ""
     positions: int = 0
@@ -110,10 +118,10 @@ class LoadStage:
 
     def run(self, turn: int, look: Look) -> Samples:
         if self.cold:
-            drop_from_page_cache(self.path, self.decoder)
+            drop_from_page_cache(self.path, self.options["decoder"])
         read_before = bytes_read_from_storage()
         started = time.perf_counter()
-        with Engine.load(self.path, threads=self.threads, decoder=self.decoder) as engine:
+        with Engine.load(self.path, threads=self.threads, **self.options) as engine:
             ready = time.perf_counter() - started
             _step_once(engine)
             first_step = time.perf_counter() - started
@@ -273,9 +281,9 @@ class RequestStage:
         return samples
 
 
-def load_stages(path: Path | None, threads: int, decoder: Wanted) -> list[Stage]:
+def load_stages(path: Path | None, threads: int, options: LoadOptions) -> list[Stage]:
     """Cold first: it leaves the files in the page cache for the warm one."""
-    return [LoadStage(path, threads, cold, decoder) for cold in (True, False)]
+    return [LoadStage(path, threads, cold, options) for cold in (True, False)]
 
 
 def serve_stages(engine: Engine, groups: tuple[str, ...]) -> list[Stage]:

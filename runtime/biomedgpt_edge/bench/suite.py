@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..decoder.graph import Wanted, choose
+from ..decoder.kv_cache import KvElement
 from ..engine import Engine, available_threads
 from ..errors import MissingModalityError, OptionError, PromptTooLongError
 from .counters import Memory, Processors
 from .energy import Meter, find_meter
 from .host import describe, describe_model
 from .limits import PROBE_BYTES, Limits, probe, probe_bytes
-from .stages import GROUPS, UNITS, NotMeasured, Samples, Stage, load_stages, serve_stages
+from .stages import GROUPS, UNITS, LoadOptions, NotMeasured, Samples, Stage, load_stages, serve_stages
 from .statistics import (
     MAX_FOREIGN_CPU,
     MIN_BANDWIDTH,
@@ -46,7 +47,7 @@ class Plan:
         threads: of the engine and of the probes; None for all that this process may use.
         rounds: how often each stage is timed, after one that only warms up.
         groups: of ``GROUPS``.
-        decoder: as for :meth:`Engine.load`.
+        decoder, kv_cache: as for :meth:`Engine.load`.
 
     Raises:
         OptionError: a value outside its range.
@@ -57,6 +58,7 @@ class Plan:
     rounds: int = DEFAULT_ROUNDS
     groups: tuple[str, ...] = GROUPS
     decoder: Wanted = "auto"
+    kv_cache: KvElement | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= MAX_ROUNDS:
@@ -113,13 +115,13 @@ class Suite:
         plan = self._plan
         machine = describe(self._threads)
         with self._engine() as engine:  # a bundle that is broken is refused at once
-            model = describe_model(engine.bundle, choose(engine.bundle, plan.decoder).layout)
+            model = describe_model(engine.bundle, choose(engine.bundle, plan.decoder).layout, engine.decoder.kv.element)
         del engine
         found = find_meter()
         meter = None if isinstance(found, str) else found
         try:
             if "load" in plan.groups:
-                self._phase("load", load_stages(plan.bundle, self._threads, plan.decoder), meter)
+                self._phase("load", load_stages(plan.bundle, self._threads, self._options()), meter)
             if set(plan.groups) - {"load"}:
                 with self._engine() as engine:
                     self._phase("serve", serve_stages(engine, plan.groups), meter)
@@ -138,7 +140,10 @@ class Suite:
         }
 
     def _engine(self) -> Engine:
-        return Engine.load(self._plan.bundle, threads=self._threads, decoder=self._plan.decoder)
+        return Engine.load(self._plan.bundle, threads=self._threads, **self._options())
+
+    def _options(self) -> LoadOptions:
+        return LoadOptions(decoder=self._plan.decoder, kv_cache=self._plan.kv_cache)
 
     def _method(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..decoder.graph import WANTED
+from ..decoder.kv_cache import KV_ELEMENTS
 from ..engine import Engine
 from ..errors import InputFileError
 from ..inputs import Molecule, Protein
@@ -28,9 +29,18 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-cache",
+        choices=KV_ELEMENTS,
+        help="what keys and values are stored as: fewer bytes to keep, and to read for each token (default: fp32)",
+    )
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """What :func:`load_engine` reads."""
     add_bundle(parser)
+    add_kv_cache(parser)
     parser.add_argument("--low-memory", action="store_true", help="close each encoder as soon as it has read an input")
     parser.add_argument("--memory-limit", metavar="SIZE", help="such as 6GiB: shortens the context to what fits")
     parser.add_argument(
@@ -44,6 +54,7 @@ def load_engine(options: argparse.Namespace) -> Engine:
         options.bundle,
         threads=options.threads,
         decoder=options.decoder,
+        kv_cache=options.kv_cache,
         low_memory=options.low_memory,
         memory_limit=options.memory_limit,
         keep_soft_tokens=options.keep_soft_tokens,

@@ -12,7 +12,7 @@ from ..bench.report import Result, as_csv, as_markdown, as_table
 from ..bench.stages import GROUPS
 from ..bench.suite import DEFAULT_ROUNDS, Plan, Suite
 from ..errors import OptionError
-from .arguments import add_bundle
+from .arguments import add_bundle, add_kv_cache
 from .output import printable, tell
 
 _FORMATS: dict[str, Callable[[Result], str]] = {
@@ -25,6 +25,7 @@ _FORMATS: dict[str, Callable[[Result], str]] = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
+    add_kv_cache(parser)
     parser.add_argument(
         "--rounds",
         type=int,
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
         _check_writable(path)
     bundle = None if options.bundle is None else Path(options.bundle)
     groups = tuple(dict.fromkeys(options.stages.split(",")))
-    result = Suite(Plan(bundle, options.threads, options.rounds, groups, options.decoder), tell).run()
+    plan = Plan(bundle, options.threads, options.rounds, groups, options.decoder, options.kv_cache)
+    result = Suite(plan, tell).run()
     text = _FORMATS[options.format](result)
     if options.out is None:
         print(text if options.json else printable(text), end="")

@@ -99,17 +99,16 @@ def choose(bundle: Bundle, wanted: Wanted = "auto") -> Choice:
     return Choice(RECORDS)
 
 
-def decoder_graph(bundle: Bundle, wanted: Wanted, verify: Verify) -> DecoderGraph:
+def decoder_graph(bundle: Bundle, choice: Choice, verify: Verify) -> DecoderGraph:
     """The graph to open; what has to be derived is derived.
 
     Args:
         verify: how to look at what was derived before; see :meth:`Engine.load`.
 
     Raises:
-        OptionError, PlatformError: see :func:`choose`; or the cache cannot hold what is derived.
+        PlatformError: the cache cannot hold what is derived.
         BundleCorruptError: the bundle does not hold what it is to be derived from.
     """
-    choice = choose(bundle, wanted)
     if choice.obstacle:
         _log.warning("%s The portable decoder is used instead.", choice.obstacle)
     if choice.portable is None:

@@ -24,7 +24,7 @@ from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
 from .graph import DecoderGraph
-from .kv_cache import DEFAULT_KV_ELEMENT, KeyValues, KvElement, KvLayout, Values
+from .kv_cache import DEFAULT_KV_ELEMENT, KeyValues, KvElement, KvLayout, Values, kv_element
 
 # Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
 # on, and since each head has its own stretch, the first position alone would touch nearly all of them. Small pages
@@ -266,9 +266,10 @@ def kv_layout(spec: DecoderSpec, layout: str, element: KvElement | None) -> KvLa
     Raises:
         OptionError: not with this element type.
     """
+    chosen = kv_element(element)
     if layout == RECORDS:
-        return KvLayout.blocks(spec, element or DEFAULT_KV_ELEMENT)
-    if element not in (None, DEFAULT_KV_ELEMENT):
+        return KvLayout.blocks(spec, chosen)
+    if chosen != DEFAULT_KV_ELEMENT:
         raise OptionError(
             f"kv_cache is {element!r}, and the decoder is portable.",
             seen=element,

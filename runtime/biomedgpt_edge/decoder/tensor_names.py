@@ -1,4 +1,4 @@
-"""What the tensors of int4 linear layers are called, in graphs of either layout: one is derived from the other."""
+"""What tensors are called in decoder graphs of either layout: one is derived from the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 # Behind the name of a layer: values and scales of MatMulNBits; behind those of one or two, records.
 VALUES, SCALES, RECORDS = ".weight_int4", ".scales", ".records"
 _SEPARATOR = "+"
+# Cosines and sines by which queries and keys are rotated, float32 [positions, head_size / 2].
+ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"
 
 
 def records_name(layers: Sequence[str]) -> str:
