@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.decoder.kv_cache import KV_ELEMENTS
 from biomedgpt_edge.errors import BioMedGPTError
 
 from .calibration import PROOF, read_examples, readable
@@ -187,11 +188,15 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
+    parser.add_argument(
+        "--kv-cache", choices=KV_ELEMENTS, help="what B stores keys and values as, if in records (default: fp32)"
+    )
     parser.set_defaults(run=_run_compare)
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    first, second = (BundleSide(Bundle.open(path), options.threads) for path in (options.first, options.second))
+    first = BundleSide(Bundle.open(options.first), options.threads)
+    second = BundleSide(Bundle.open(options.second), options.threads, options.kv_cache)
     inputs = tuple(kind for kind in first.inputs if kind in second.inputs)
     figures = compared(first, second, readable(read_examples(options.questions), inputs, "comparison", _report))
     print(json.dumps(figures, indent=1) if options.json else "\n".join(table(figures)))

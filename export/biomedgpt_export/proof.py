@@ -17,6 +17,7 @@ import torch
 
 from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.decoder.kv_cache import KvElement
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.prompt import Input
 from biomedgpt_edge.splice import TokenPart, splice
@@ -69,11 +70,11 @@ class SourceSide:
 class BundleSide:
     """A bundle, with the arithmetic that runs on a box."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, kv_cache: KvElement | None = None) -> None:
         self._bundle = bundle
         self.tokenizer = bundle.tokenizer
         self._threads = threads
-        self._decoder = OnnxDecoder(bundle, threads=threads)
+        self._decoder = OnnxDecoder(bundle, threads=threads, kv_cache=kv_cache)
         self._engine = Engine(bundle, self._decoder, threads=threads)
 
     @property
