@@ -189,7 +189,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
     parser.add_argument(
-        "--kv-cache", choices=KV_ELEMENTS, help="what B stores keys and values as, if in records (default: fp32)"
+        "--kv-cache", choices=KV_ELEMENTS, help="what B stores keys and values as, if in records (default: fp16)"
     )
     parser.set_defaults(run=_run_compare)
 

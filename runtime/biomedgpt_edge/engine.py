@@ -19,8 +19,8 @@ import numpy.typing as npt
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
 from .decoder.graph import Wanted, choose, decoder_graph
-from .decoder.kv_cache import KvElement
-from .decoder.onnx import OnnxDecoder, kv_layout
+from .decoder.kv_cache import KvElement, kv_layout
+from .decoder.onnx import OnnxDecoder
 from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
@@ -219,9 +219,9 @@ class Engine:
                 used here, the portable one, which a warning of the logger ``biomedgpt_edge`` says. "portable" asks
                 for that one; it is derived in the device cache, once, and takes as much space as the bundle's.
                 "records" takes no other than that.
-            kv_cache: what the decoder's keys and values are stored as, "fp32" (left out), "fp16" or "int8" with a scale
-                per position and head: half and a quarter of the bytes to keep, and to read for each token. A portable
-                decoder has fp32 alone.
+            kv_cache: what the decoder's keys and values are stored as: "fp32", "fp16", or "int8" with a scale per
+                position and head. What has fewer bytes takes less memory and, in long texts, less time per token. Left
+                out, fp16 in records; a portable decoder has fp32 alone.
             allow_16bit: whether features and weights may be rounded to bfloat16 where they are projected, which is
                 faster on processors with instructions for it; left out, in bundles that store 16 or 4 bits, and not in
                 fp32 ones.

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from biomedgpt_edge.decoder.kv_cache import KvElement
-from biomedgpt_edge.decoder.onnx import OnnxState, _signature, kv_layout
+from biomedgpt_edge.decoder.kv_cache import KvElement, kv_layout
+from biomedgpt_edge.decoder.onnx import OnnxState, _signature
 from biomedgpt_edge.int4_ops import OPSET, register_int4_ops
 from biomedgpt_edge.manifest import RECORDS, DecoderSpec
 from biomedgpt_edge.onnx_header import INT4_DOMAIN

@@ -16,7 +16,8 @@ import torch
 from onnx import TensorProto
 
 from biomedgpt_edge import Engine, Molecule, _native
-from biomedgpt_edge.decoder.onnx import OnnxState, kv_layout
+from biomedgpt_edge.decoder.kv_cache import kv_layout
+from biomedgpt_edge.decoder.onnx import OnnxState
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.int4_ops import register_int4_ops
 from biomedgpt_edge.manifest import RECORDS

@@ -33,7 +33,8 @@ def add_kv_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         choices=KV_ELEMENTS,
-        help="what keys and values are stored as: fewer bytes to keep, and to read for each token (default: fp32)",
+        help="what keys and values are stored as: fewer bytes to keep, and to read for each token (default: fp16 in "
+        "records; portable decoders have fp32 alone)",
     )
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import OptionError
-from ..manifest import DecoderSpec
+from ..manifest import RECORDS, DecoderSpec
 
 KvElement = Literal["fp32", "fp16", "int8"]
 KV_ELEMENTS: tuple[KvElement, ...] = get_args(KvElement)
-DEFAULT_KV_ELEMENT: KvElement = "fp32"
 # Of csrc/attention: positions of a block, whose elements, of one kind of the above, and scales have so many bytes.
 BLOCK = 16
 _ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -96,17 +95,28 @@ class KeyValues:
     array: Values
 
 
-def kv_element(name: str | None) -> KvElement:
-    """The element type called ``name``; None is the default.
+def kv_layout(spec: DecoderSpec, layout: str, element: KvElement | None) -> KvLayout:
+    """How the KV cache of a decoder lies in memory, by the layout of its graph.
+
+    Args:
+        element: None is fp16 in records, which models in fp16 lose nothing by, and fp32 where it is portable.
 
     Raises:
-        OptionError: there is none of this name.
+        OptionError: there is no such element type, or the cache of this graph cannot be stored so.
     """
-    if name is None:
-        return DEFAULT_KV_ELEMENT
-    for known in KV_ELEMENTS:
-        if known == name:
-            return known
-    raise OptionError(
-        f"kv_cache is {str(name)[:40]!r}.", seen=str(name)[:40], remedy=f"Give one of {', '.join(KV_ELEMENTS)}."
-    )
+    if element not in (None, *KV_ELEMENTS):
+        raise OptionError(
+            f"kv_cache is {str(element)[:40]!r}.",
+            seen=str(element)[:40],
+            remedy=f"Give one of {', '.join(KV_ELEMENTS)}.",
+        )
+    if layout == RECORDS:
+        return KvLayout.blocks(spec, element or "fp16")
+    if element not in (None, "fp32"):
+        raise OptionError(
+            f"kv_cache is {element!r}, and the decoder is portable.",
+            seen=element,
+            limit="portable decoders store keys and values in fp32",
+            remedy="Leave it out, or use a bundle whose decoder lies in records.",
+        )
+    return KvLayout.rows(spec)

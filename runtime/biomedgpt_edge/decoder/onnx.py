@@ -17,14 +17,14 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ..bundle import Bundle
-from ..errors import ClosedError, KernelArgumentError, OptionError, PlatformError
+from ..errors import ClosedError, KernelArgumentError, PlatformError
 from ..int4_ops import register_int4_ops
 from ..manifest import RECORDS, DecoderSpec
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
 from .graph import DecoderGraph
-from .kv_cache import DEFAULT_KV_ELEMENT, KeyValues, KvElement, KvLayout, Values, kv_element
+from .kv_cache import KeyValues, KvElement, KvLayout, Values, kv_layout
 
 # Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
 # on, and since each head has its own stretch, the first position alone would touch nearly all of them. Small pages
@@ -44,7 +44,7 @@ class OnnxDecoder:
         layout: of the graph.
 
     Args:
-        kv_cache: what keys and values are stored as; None is fp32.
+        kv_cache: what keys and values are stored as; see :func:`kv_layout`.
 
     Raises:
         BundleCorruptError: the graph cannot be loaded or does not fit the manifest.
@@ -258,25 +258,6 @@ class OnnxState:
     def _run(self, binding: ort.IOBinding) -> None:
         with running(self._spec.graph):
             self._session.run_with_iobinding(binding)
-
-
-def kv_layout(spec: DecoderSpec, layout: str, element: KvElement | None) -> KvLayout:
-    """How the KV cache of a decoder lies in memory, by the layout of its graph.
-
-    Raises:
-        OptionError: not with this element type.
-    """
-    chosen = kv_element(element)
-    if layout == RECORDS:
-        return KvLayout.blocks(spec, chosen)
-    if chosen != DEFAULT_KV_ELEMENT:
-        raise OptionError(
-            f"kv_cache is {element!r}, and the decoder is portable.",
-            seen=element,
-            limit="portable decoders store keys and values in fp32",
-            remedy="Leave it out, or use a bundle whose decoder lies in records.",
-        )
-    return KvLayout.rows(spec)
 
 
 def _allocate(kv: KvLayout, room: int) -> Values:
