@@ -91,7 +91,10 @@ class Sampler:
         self._vocabulary = vocabulary
         self._random = np.random.default_rng(options.seed)
         self._seen: dict[int, None] = {}
-        self._scores = np.empty(vocabulary, np.float32)
+        # Kept from token to token: to get memory of such a size from the system, and to give it back, takes longer than
+        # to compute what it holds.
+        self._scores, self._chosen, self._ranked = np.empty((3, vocabulary), np.float32)
+        self._wide, self._sums = np.empty((2, vocabulary))
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token, from logits float32 ``[rows]``; of equally likely ones the lowest wins.
@@ -124,25 +127,39 @@ class Sampler:
         return self._scores
 
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:
-        candidates, probabilities = self._distribution(scores)
+        candidates, weights = self._distribution(scores)
         # As numpy's Generator.choice draws, without its checks, which would take longer than all the rest.
-        reached = probabilities.cumsum()
-        return int(candidates[reached.searchsorted(self._random.random() * reached[-1], side="right")])
+        reached = weights.cumsum(out=self._sums[: len(weights)])
+        place = int(reached.searchsorted(self._random.random() * reached[-1], side="right"))
+        return place if candidates is None else int(candidates[place])
 
-    def _distribution(self, scores: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Tokens that may be drawn and their probabilities."""
+    def _distribution(
+        self, scores: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
+        """Tokens that may be drawn, None for all, and their probabilities up to a factor; valid until the next call."""
+        if self._options.top_k == 0 and self._options.top_p == 1.0:
+            return None, self._weights(scores)
         candidates = _largest(scores, self._options.top_k)
-        chosen = scores[candidates].astype(np.float64)
+        chosen = scores.take(candidates, out=self._chosen[: len(candidates)], mode="clip")
+        if self._options.top_p < 1.0:
+            # Numbers of 32 bits, in front of all places, are what sorts fastest.
+            ranked = self._ranked[: len(chosen)]
+            np.copyto(ranked, chosen)
+            ranked.sort()
+            reached = self._weights(ranked[::-1]).cumsum(out=self._sums[: len(chosen)])
+            # The token that crosses p stays in.
+            count = int(reached.searchsorted(self._options.top_p * reached[-1])) + 1
+            kept = _largest(chosen, count)
+            candidates, chosen = candidates[kept], chosen[kept]
+        return candidates, self._weights(chosen)
+
+    def _weights(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        weights = self._wide[: len(scores)]
         # Subtracting first keeps the smallest temperatures finite.
         with np.errstate(over="ignore"):
-            weights = np.exp((chosen - chosen.max()) / self._options.temperature)
-        probabilities = weights / weights.sum()
-        if self._options.top_p < 1.0:
-            # Values alone are sorted many times as fast as places. The token that crosses p stays in.
-            reached = np.sort(probabilities)[::-1].cumsum()
-            kept = _largest(chosen, int(np.searchsorted(reached, self._options.top_p)) + 1)
-            candidates, probabilities = candidates[kept], probabilities[kept] / probabilities[kept].sum()
-        return candidates, probabilities
+            np.subtract(scores, scores.max(), out=weights, dtype=np.float64)
+            weights /= self._options.temperature
+        return np.exp(weights, out=weights)
 
 
 def _largest(scores: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.int64]:

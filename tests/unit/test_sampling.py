@@ -31,10 +31,11 @@ def distribution(scores: Logits, **options: Any) -> dict[int, float]:
     sampler = Sampler(GenerationOptions(**{"temperature": 1.0, **options}), len(scores))
     original = sampler._distribution
 
-    def recording(penalized: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        tokens, chances = original(penalized)
-        handed.append(dict(zip(tokens.tolist(), chances.tolist(), strict=True)))
-        return tokens, chances
+    def recording(penalized: Logits) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
+        tokens, weights = original(penalized)
+        named = range(len(weights)) if tokens is None else tokens.tolist()
+        handed.append(dict(zip(named, (weights / weights.sum()).tolist(), strict=True)))
+        return tokens, weights
 
     sampler._distribution = recording  # type: ignore[method-assign]
     sampler.choose(scores)
@@ -244,6 +245,7 @@ def test_a_draw_is_that_of_numpy() -> None:
     for options in ({}, {"top_p": 0.9}, {"top_k": 40}):
         sampler = Sampler(GenerationOptions(temperature=0.8, seed=3, **options), len(scores))  # type: ignore[arg-type]
         theirs = np.random.default_rng(3)
-        tokens, chances = sampler._distribution(scores)
+        tokens, weights = sampler._distribution(scores)
+        tokens, chances = np.arange(len(weights)) if tokens is None else tokens, weights / weights.sum()
         drawn = [sampler.choose(scores) for _ in range(100)]
         assert drawn == [int(theirs.choice(tokens, p=chances)) for _ in range(100)]
