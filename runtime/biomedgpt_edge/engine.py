@@ -207,6 +207,7 @@ class Engine:
         low_memory: bool = False,
         memory_limit: int | str | None = None,
         keep_soft_tokens: bool = False,
+        prefault: bool = False,
     ) -> Engine:
         """Opens a bundle and loads its decoder; encoders open when they are first needed.
 
@@ -230,6 +231,8 @@ class Engine:
                 context (see :func:`memory.context_within`), and a chat's KV cache gives way to another answer.
             keep_soft_tokens: keep what encoders made of molecules and proteins on disk too, in a private folder of the
                 device cache of at most 1 GiB. Nothing of a question is written otherwise.
+            prefault: run one token before returning, so that the decoder's weights are read and mapped, and the first
+                answer does not wait for them.
 
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
@@ -252,9 +255,13 @@ class Engine:
             bundle.verify()
         elif verify == "once":
             verify_once(bundle)
+        loaded = OnnxDecoder(bundle, threads=count, graph=decoder_graph(bundle, choice, verify), kv_cache=kv_cache)
+        if prefault:
+            with loaded.open(1) as state:
+                state.step(bundle.tokenizer.bos_id)
         return cls(
             bundle,
-            OnnxDecoder(bundle, threads=count, graph=decoder_graph(bundle, choice, verify), kv_cache=kv_cache),
+            loaded,
             threads=count,
             allow_16bit=allow_16bit,
             prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biomedgpt_edge import Engine
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.kv_cache import KV_ELEMENTS, KeyValues, KvElement
-from biomedgpt_edge.decoder.onnx import GROWTH, TILE, OnnxDecoder
+from biomedgpt_edge.decoder.onnx import GROWTH, TILE, OnnxDecoder, OnnxState
 from biomedgpt_edge.errors import ClosedError, KernelArgumentError, OptionError
 from biomedgpt_edge.generate import prefill
 from biomedgpt_edge.manifest import RECORDS
@@ -211,6 +213,33 @@ def test_a_cache_of_fewer_bytes_is_smaller_and_almost_the_same(records: Path) ->
     scale = np.abs(found["fp32"]).max()
     assert 0 < np.abs(found["fp16"] - found["fp32"]).max() < 0.1 * scale
     assert 0 < np.abs(found["int8"] - found["fp32"]).max() < 0.3 * scale
+
+
+def test_weights_that_will_be_mapped_are_read_ahead(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int]] = []
+
+    def recording(file: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length) == (0, 0), "the whole file"
+        read.append((os.readlink(f"/proc/self/fd/{file}"), advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", recording)
+    opened(records)
+    assert read == [(str((records / "decoder.data").resolve()), os.POSIX_FADV_WILLNEED)]
+
+
+def test_prefault_runs_a_token_before_anything_else(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = OnnxState.steps
+
+    def recording(self: OnnxState, tokens: Sequence[int]) -> np.ndarray:
+        seen.append(tuple(tokens))
+        return original(self, tokens)
+
+    monkeypatch.setattr(OnnxState, "steps", recording)
+    with Engine.load(records, threads=1, verify="sizes"):
+        assert seen == []
+    with Engine.load(records, threads=1, verify="sizes", prefault=True) as engine:
+        assert seen == [(engine.bundle.tokenizer.bos_id,)]
 
 
 def test_a_portable_decoder_stores_fp32_alone(tiny_bundle_fp32: Path) -> None:

@@ -47,6 +47,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-soft-tokens", action="store_true", help="keep what encoders made of inputs on disk ('cache clear')"
     )
+    parser.add_argument("--prefault", action="store_true", help="read all of the decoder's weights first")
 
 
 def load_engine(options: argparse.Namespace) -> Engine:
@@ -59,6 +60,7 @@ def load_engine(options: argparse.Namespace) -> Engine:
         low_memory=options.low_memory,
         memory_limit=options.memory_limit,
         keep_soft_tokens=options.keep_soft_tokens,
+        prefault=options.prefault,
     )
 
 
