@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -16,19 +15,15 @@ import pytest
 from biomedgpt_edge.bench.limits import Limits
 from biomedgpt_edge.bench.statistics import Round
 from biomedgpt_edge.engine import DEMO_BUNDLE
+from support import benchmark_script
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 QUIET = Round(1, "serve", 1.0, 0.0, {"one stream": 1e10}, {})
 
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[Any]:
-    """benchmarks/peers.py, which finds what lies beside it, as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("peers")
-    for name in ("peers", "peer_engines", "peer_models"):
-        sys.modules.pop(name, None)
+    with benchmark_script("peers") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
