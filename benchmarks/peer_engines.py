@@ -31,6 +31,8 @@ from peer_models import Models
 
 # Of the standard molecule question: positions of the template before the molecule, and all.
 PREFIX, QUESTION = 47, 94
+# Positions after which logits are compared: so many that it matters what came before the last of them.
+COMPARED = 64
 # Positions of engines that cannot grow: more than any burst has.
 ROOM = 1024
 
@@ -337,13 +339,17 @@ class Worker:
         started = time.perf_counter()
         engine = self._engine = self._make()
         loaded = time.perf_counter() - started
-        engine.clear(4)
-        engine.append([5])
+        forgotten, text = (self._text(COMPARED, seed) for seed in (0, 1))
+        engine.clear(COMPARED)
+        engine.append(forgotten[:1])
         # Some pack their weights now.
         ready = time.perf_counter() - started
         self._memory.look()
-        engine.append([6, 7])
-        logits = engine.append([8]).tolist()
+        engine.append(forgotten[1:])
+        engine.clear(COMPARED)
+        engine.append(text[:30])
+        engine.append(text[30:31])
+        logits = engine.append(text[31:]).tolist()
         memory = {"peak_rss": self._memory.peak_rss, "anonymous": self._memory.anonymous}
         return {"seconds": loaded, "with_first_step": ready, **memory, "logits": logits}
 

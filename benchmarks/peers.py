@@ -54,8 +54,8 @@ PEER_PACKAGES = ("onnxruntime", "onnxruntime-genai", "llama-cpp-python", "openvi
 # Threads that the engine before left spinning go to sleep meanwhile.
 PAUSE = 0.1
 # Length of the difference as a share of the length of the logits. int8 activations, bfloat16 and scales of 6 bits stay
-# well below; with other weights it is about 1.4.
-TOLERANCE = 0.25
+# below, also in deep models; positions that are missing or rotated in another way do not, nor do other weights.
+TOLERANCE = 0.15
 # What an engine needs while it runs, in bytes of the decoder in int4; formats with more bits have some more.
 WEIGHTS = {REFERENCE: 1.0, "torch-bf16": 4.0}
 WEIGHTS_OF_OTHERS = 1.2
