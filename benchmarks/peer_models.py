@@ -121,9 +121,11 @@ class Matrix:
 
     def dequantized(self) -> npt.NDArray[np.float32]:
         """float32 ``[N, K]``."""
-        groups = (self.levels.astype(np.float32) - 8).reshape(*self.scales.shape, -1)
-        values: npt.NDArray[np.float32] = groups * self.scales.astype(np.float32)[..., np.newaxis]
-        return values.reshape(self.levels.shape)
+        values = np.empty(self.levels.shape, np.float32)
+        groups = values.reshape(*self.scales.shape, -1)
+        np.subtract(self.levels.reshape(groups.shape), np.float32(8), out=groups)
+        groups *= self.scales.astype(np.float32)[..., np.newaxis]
+        return values
 
 
 class Weights:
@@ -165,8 +167,7 @@ class Weights:
             name = f"layers.{layer}.post_attention_layernorm"
         else:
             name = f"layers.{layer - 1}.next_layernorm" if layer else "layers.0.input_layernorm"
-        gains: npt.NDArray[np.float32] = self._stored.array(f"{name}.weight")
-        return gains
+        return np.array(self._stored.array(f"{name}.weight"))
 
     def _matrix(self, name: str) -> Matrix:
         from biomedgpt_export.quantize.int4 import unpack
@@ -248,7 +249,7 @@ def torch_model(models: Models) -> Any:
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # made of the configuration alone
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(_as_transformers_names(weights, name))))
+            parameter.copy_(torch.from_numpy(_as_transformers_names(weights, name)))
     return model
 
 
