@@ -27,6 +27,7 @@ import peer_gguf
 import peer_models
 import peer_openvino
 from biomedgpt_edge.bench.counters import Memory
+from biomedgpt_edge.splice import EmbeddingTable, TokenPart, splice
 from peer_models import Models
 
 # Of the standard molecule question: positions of the template before the molecule, and all.
@@ -67,12 +68,9 @@ class Ours:
         self._state = self._engine.decoder.open(capacity)
 
     def append(self, tokens: Sequence[int]) -> Logits:
-        from biomedgpt_edge.splice import TokenPart, splice
-
         if len(tokens) == 1:
             return self._state.step(tokens[0])
-        embeddings = splice([TokenPart(np.array(tokens, np.int64))], self._engine.bundle.embeddings, threads=1)
-        return self._state.prefill(embeddings)
+        return self._state.prefill(embedded(tokens, self._engine.bundle.embeddings))
 
     def guess(self, tokens: Sequence[int]) -> Logits:
         """Appends what speculation would; returns the logits after each, ``[n, vocabulary]``."""
@@ -87,6 +85,11 @@ class Ours:
         """Loaded when first asked for: pages are those of the decoder."""
         self._linear_layers = self._linear_layers or LinearLayers(self._models, self._threads)
         return self._linear_layers
+
+
+def embedded(tokens: Sequence[int], table: EmbeddingTable) -> Logits:
+    """Rows of the bundle's table, which stays mapped: float32 ``[T, hidden]``."""
+    return splice([TokenPart(np.array(tokens, np.int64))], table, threads=1)
 
 
 class LinearLayers:
@@ -139,7 +142,7 @@ class PlainOnnxRuntime:
 
         opened = Bundle.open(models.portable)
         self._spec = opened.manifest.decoder
-        self._table = peer_models.table_of(opened)
+        self._embeddings = opened.embeddings
         graph = opened.file(self._spec.graph)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -160,7 +163,7 @@ class PlainOnnxRuntime:
         self._length += len(tokens)
         binding = self._session.io_binding()
         feeds = {
-            "inputs_embeds": self._table[np.array(tokens)][np.newaxis],
+            "inputs_embeds": embedded(tokens, self._embeddings)[np.newaxis],
             "logit_positions": np.array([len(tokens) - 1], np.int64),
             "seqlens_k": np.array([self._length - 1], np.int32),
             "total_sequence_length": np.array(self._length, np.int32),
