@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "common/half.h"
+#include "common/quantize_row.h"
 #include "common/unroll.h"
 #include "int4/int4_path.h"
 
@@ -176,51 +177,14 @@ inline void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_
     }
 }
 
-// One group. Magnitudes are compared as integers, which have the same order and, beyond infinity, NaNs.
-inline void quantize_group(const float* __restrict x, int64_t group, int8_t* __restrict values, float* scale,
-                           int32_t* zero_term) {
-    constexpr int32_t kInfinity = 0x7f800000;
-    constexpr float kSmallest = 0x1p-119f;   // what is divided by it, and it by 127, stays a normal number
-    constexpr float kToNearest = 0x1.8p23f;  // a sum with it is rounded to an integer, its last bits
-    int32_t largest = 0;
-    for (int64_t i = 0; i < group; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    float magnitude;
-    std::memcpy(&magnitude, &largest, sizeof magnitude);
-    if (largest >= kInfinity || magnitude < kSmallest) {
-        std::memset(values, 0, static_cast<size_t>(group));
-        *scale = largest >= kInfinity ? __builtin_nanf("") : 0.0f;
-        *zero_term = 0;
-        return;
-    }
-    const float inverse = 127.0f / magnitude;
-    int32_t origin;
-    std::memcpy(&origin, &kToNearest, sizeof origin);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < group; ++i) {
-        const float shifted = x[i] * inverse + kToNearest;
-        int32_t bits;
-        std::memcpy(&bits, &shifted, sizeof bits);
-        bits -= origin;
-        sum += bits;
-        values[i] = static_cast<int8_t>(bits);
-    }
-    *scale = magnitude / 127.0f;
-    *zero_term = -kInt4ZeroPoint * sum;
-}
-
 inline void quantize(const float* x, int64_t columns, int64_t group, const Int4Rows& row) {
     constexpr int64_t kMaxGroup = 128;
     for (int64_t g = 0; g < row.groups; ++g) {
         const int64_t first = g * group, rest = columns - first;
         float padded[kMaxGroup] = {};
         if (rest < group) std::memcpy(padded, x + first, static_cast<size_t>(rest) * sizeof *x);
-        quantize_group(rest < group ? padded : x + first, group, row.values + first, row.scales + g,
-                       row.zero_terms + g);
+        const int32_t sum = quantize_row(rest < group ? padded : x + first, group, row.values + first, row.scales + g);
+        row.zero_terms[g] = -kInt4ZeroPoint * sum;
     }
 }
 

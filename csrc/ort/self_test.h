@@ -1,9 +1,10 @@
-// A small product whose result is known: what this build computes on this processor is looked at before it is used.
+// Small products whose results are known: what this build computes on this processor is looked at before it is used.
 #pragma once
 
 namespace biomedgpt {
 
-// Throws std::runtime_error, with the path's name, where a product is wrong.
+// Both throw std::runtime_error, with the path's name, where a product is wrong.
 void require_correct_int4();
+void require_correct_int8();
 
 }  // namespace biomedgpt
