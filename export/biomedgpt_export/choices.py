@@ -269,6 +269,7 @@ class Choices:
         }
         # Records are made from the portable graph, and turned back for the parity runs.
         twice = [DECODER_PART, HEAD] if options.decoder_layout == "records" else []
+        twice += [PROTEIN_PART] if options.protein_in_records else []
         return plan(parts, tensors, self.source.checkpoint, [*self.gptq_parts, *twice])
 
     def estimate(self, planned: Plan) -> Estimate:

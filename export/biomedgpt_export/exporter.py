@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.int4_ops import write_with_int4_ops
+from .graphs.int8_ops import write_with_int8_ops
 from .graphs.linear import Linears
 from .memory import available_memory
 from .options import DECODER_LAYOUTS, ExportOptions
@@ -62,6 +63,7 @@ from .quantize.smoothing import RECIPE as SMOOTHING
 from .quantize.smoothing import esm_smoothing
 from .streamed_model import DECODER_PART, PROTEIN_PART, StreamedModel
 
+_Replaced = TypeVar("_Replaced")
 DECODER, MOLECULE_ENCODER, PROTEIN_ENCODER = "decoder.onnx", "molecule_encoder.onnx", "protein_encoder.onnx"
 FILES = TensorFiles("embeddings.safetensors", "projections.safetensors", "tokenizer.model")
 POLICY_FILE = "POLICY.txt"
@@ -282,8 +284,13 @@ class _Export:
             quantizer = self._quantizer(PROTEIN_PART, journal)
             linears = written[PROTEIN_ENCODER] = Linears(self.options.protein_precision, quantizer, activations="fp32")
             self.report("protein encoder")
-            with self._graph(PROTEIN_ENCODER) as graph:
+            records = self.options.protein_in_records
+            name = f"portable_{PROTEIN_ENCODER}" if records else PROTEIN_ENCODER
+            with self._graph(name) as graph:
                 build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
+            if records:
+                count = self._replace(name, PROTEIN_ENCODER, write_with_int8_ops)
+                self.report(f"protein encoder in records, {count} linear layers")
         imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
         linears = written[DECODER] = Linears(precision, quantizer, activations="int8", lm_head=self.choices.lm_head)
@@ -291,15 +298,17 @@ class _Export:
         with self._graph(name) as graph:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
         if name != DECODER:
-            self._lay_out(self.staging / name)
+            replaced = self._replace(name, DECODER, write_with_int4_ops)
+            self.report(f"decoder in records, {replaced.kept} products in another form")
         return written
 
-    def _lay_out(self, portable: Path) -> None:
-        """The decoder in records, in place of the portable one."""
-        replaced = write_with_int4_ops(portable, self.staging / DECODER)
-        for path in (portable, portable.with_suffix(".data")):
+    def _replace(self, portable: str, graph: str, write: Callable[[Path, Path], _Replaced]) -> _Replaced:
+        """A staged graph in records, in place of the portable one."""
+        source = self.staging / portable
+        replaced = write(source, self.staging / graph)
+        for path in (source, source.with_suffix(".data")):
             path.unlink()
-        self.report(f"decoder in records, {replaced.kept} products in another form")
+        return replaced
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
         if journal is None or part not in self.choices.gptq_parts:

@@ -1,8 +1,9 @@
-"""The same bundle with its decoder in another layout, without the checkpoint."""
+"""The same bundle with its decoder and an int8 protein encoder in another layout, without the checkpoint."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -13,8 +14,8 @@ from biomedgpt_edge.onnx_header import read_header
 from .bundle_writer import BundleWriter, file_entry
 from .choices import Report
 from .errors import ExportError
-from .exporter import DECODER
 from .graphs.int4_ops import write_portable, write_with_int4_ops
+from .graphs.int8_ops import has_int8_products, write_portable_int8, write_with_int8_ops
 from .options import DECODER_LAYOUTS, DecoderLayout
 from .plan import Plan
 
@@ -22,7 +23,8 @@ from .plan import Plan
 def relayout(source: Path, out: Path, layout: DecoderLayout, report: Report) -> Manifest:
     """Writes the bundle ``source`` to ``out`` with its decoder in ``layout``; matrices stay what they are, bit for bit.
 
-    The parity report stays, and names the bundle that it was measured on.
+    A protein encoder in int8 goes with the decoder: what is in records needs our operators, what is portable none of
+    them. The parity report stays, and names the bundle that it was measured on.
 
     Raises:
         BundleError: ``source`` cannot be opened, or a hash differs.
@@ -44,19 +46,26 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
     old = bundle.manifest
     # Hardly a byte more or less than it has now.
     Plan({"bundle": sum(entry.size for entry in old.files)}, 0).require_space(out.absolute().parent)
-    replaced = _files_of(bundle, old.decoder.graph)
+    writers = _writers(bundle, layout)
+    replaced = {path for graph in writers for path in _files_of(bundle, graph)}
     kept = [entry for entry in old.files if entry.path not in replaced]
     with BundleWriter(out) as writer:
         for entry in kept:
             (writer.staging / entry.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / entry.path, writer.staging / entry.path)
-        graph = writer.staging / DECODER
         report(f"writing the decoder in {layout}")
-        (write_with_int4_ops if layout == "records" else write_portable)(bundle.file(old.decoder.graph), graph)
-        files = [*kept, *(file_entry(path, path.name) for path in (graph, graph.with_suffix(".data")))]
+        graphs = {graph: writer.staging / PurePosixPath(graph).name for graph in writers}
+        for graph, write in writers.items():
+            write(bundle.file(graph), graphs[graph])
+        written = [path for graph in graphs.values() for path in (graph, graph.with_suffix(".data"))]
+        files = [*kept, *(file_entry(path, path.name) for path in written)]
+        encoder = old.protein_encoder
+        if encoder is not None and encoder.graph in graphs:
+            encoder = replace(encoder, graph=graphs[encoder.graph].name)
         manifest = replace(
             old,
-            decoder=replace(old.decoder, graph=graph.name, layout=DECODER_LAYOUTS[layout]),
+            decoder=replace(old.decoder, graph=graphs[old.decoder.graph].name, layout=DECODER_LAYOUTS[layout]),
+            protein_encoder=encoder,
             files=tuple(sorted(files, key=lambda entry: entry.path)),
             parity={"measured_on": {"bundle": bundle.digest, "layout": old.decoder.layout}} | old.parity,
         )
@@ -64,6 +73,18 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
         writer.commit(manifest)
     report(f"wrote {out}")
     return manifest
+
+
+def _writers(bundle: Bundle, layout: DecoderLayout) -> dict[str, Callable[[Path, Path], object]]:
+    """By graph that the layout changes, what writes it anew."""
+    manifest, records = bundle.manifest, layout == "records"
+    writers: dict[str, Callable[[Path, Path], object]] = {
+        manifest.decoder.graph: write_with_int4_ops if records else write_portable
+    }
+    encoder = manifest.protein_encoder
+    if encoder is not None and has_int8_products(bundle.file(encoder.graph)):
+        writers[encoder.graph] = write_with_int8_ops if records else write_portable_int8
+    return writers
 
 
 def _files_of(bundle: Bundle, graph: str) -> set[str]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, RECORDS, FileEntry, Manifest, parse_manifest
-from .onnx_header import INT4_MATRICES, OPERATORS, ExternalTensor, read_header
+from .onnx_header import INT4_MATRICES, INT8_INPUTS, OPERATORS, ExternalTensor, read_header
 from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
@@ -168,11 +168,12 @@ class Bundle:
 
     def _check_graphs(self) -> None:
         """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
-        decoder = self.manifest.decoder
-        self._check_graph(decoder.graph, OPERATORS.union(INT4_MATRICES if decoder.layout == RECORDS else ()))
-        for spec in (self.manifest.molecule_encoder, self.manifest.protein_encoder):
-            if spec is not None:
-                self._check_graph(spec.graph, OPERATORS)
+        manifest, records = self.manifest, self.manifest.decoder.layout == RECORDS
+        self._check_graph(manifest.decoder.graph, OPERATORS.union(INT4_MATRICES if records else ()))
+        if manifest.molecule_encoder is not None:
+            self._check_graph(manifest.molecule_encoder.graph, OPERATORS)
+        if manifest.protein_encoder is not None:
+            self._check_graph(manifest.protein_encoder.graph, OPERATORS.union(INT8_INPUTS if records else ()))
 
     def _check_graph(self, graph: str, operators: Set[tuple[str, str]]) -> None:
         header = read_header(self.file(graph))

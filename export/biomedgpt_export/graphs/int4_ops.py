@@ -149,7 +149,7 @@ def _write(
         if operator is not None:
             _add_operator(graph, operator, stored)
         elif node.output[0] not in gone and (node.op_type != "Cast" or node.output[0] in needed):
-            _adopt(graph, node, weights, stored)
+            adopt(graph, node, weights, stored)
     graph.save()
 
 
@@ -179,13 +179,13 @@ def write_portable(source: Path, target: Path) -> None:
             if node.domain == INT4_DOMAIN:
                 _add_products(graph, node, stored)
             else:
-                _adopt(graph, node, weights, stored)
+                adopt(graph, node, weights, stored)
         graph.save()
     finally:
         graph.close()
 
 
-def _adopt(graph: GraphBuilder, node: onnx.NodeProto, weights: Collection[str], stored: StoredWeights) -> None:
+def adopt(graph: GraphBuilder, node: onnx.NodeProto, weights: Collection[str], stored: StoredWeights) -> None:
     """Adds a node of another graph and those of ``weights`` that it reads."""
     for name in node.input:
         if name in weights:
