@@ -130,9 +130,17 @@ struct Block {
     int64_t count;
 };
 
-void multiply_columns(const Block& block, const uint8_t* record, int64_t column, int64_t columns, int32_t* totals) {
+// Where the values of a panel begin, from a column on.
+const int8_t* values_of(const Int8Weights& weights, int64_t panel, int64_t column) {
+    const uint8_t* record = weights.records + panel * weights.shape.panel_bytes();
+    return reinterpret_cast<const int8_t*>(record) + column * kInt8PanelRows;
+}
+
+void multiply_columns(const Block& block, const int8_t* weights, const int8_t* next, int64_t column, int64_t columns,
+                      int32_t* totals) {
     Int8Tile tile{};
-    tile.weights = reinterpret_cast<const int8_t*>(record) + column * kInt8PanelRows;
+    tile.weights = weights;
+    tile.next = next;
     tile.columns = columns;
     tile.fresh = column == 0;
     const int64_t step = block.path.tile_rows;
@@ -144,13 +152,15 @@ void multiply_columns(const Block& block, const uint8_t* record, int64_t column,
     }
 }
 
-void finish_panel(const Block& block, const uint8_t* record, int64_t panel, const int32_t* totals) {
+// Of some rows and a panel, `totals` from the first of these rows on.
+void finish_panel(const Block& block, int64_t panel, int64_t row, int64_t count, const int32_t* totals) {
     const Int8Args& args = block.args;
     const Int8Shape& shape = args.weights.shape;
-    const int64_t column = panel * kInt8PanelRows, offset = block.first * shape.rows + column;
+    const uint8_t* record = args.weights.records + panel * shape.panel_bytes();
+    const int64_t column = panel * kInt8PanelRows, offset = (block.first + row) * shape.rows + column;
     Int8Finish of{};
     of.totals = totals;
-    of.row_scales = block.rows.scales;
+    of.row_scales = block.rows.scales + row;
     of.scales = reinterpret_cast<const float*>(record + shape.value_bytes());
     of.biases = of.scales + kInt8PanelRows;
     of.gelu = args.gelu;
@@ -158,7 +168,7 @@ void finish_panel(const Block& block, const uint8_t* record, int64_t panel, cons
     of.y = args.y + offset;
     of.stride = shape.rows;
     of.columns = std::min(kInt8PanelRows, shape.rows - column);
-    block.path.finish(of, block.count);
+    block.path.finish(of, count);
 }
 
 // Some columns of all rows, which fit a cache, meet all the panels before the next ones do.
@@ -169,10 +179,17 @@ void multiply_panels(const Block& block, int64_t first, int64_t end) {
     for (int64_t column = 0; column < padded; column += kInt8BlockColumns) {
         const int64_t columns = std::min(kInt8BlockColumns, padded - column);
         for (int64_t panel = first; panel < end; ++panel) {
-            const uint8_t* record = weights.records + panel * weights.shape.panel_bytes();
-            int32_t* of_panel = totals.of[panel - first];
-            multiply_columns(block, record, column, columns, of_panel);
-            if (column + columns == padded) finish_panel(block, record, panel, of_panel);
+            const bool last = panel + 1 == end;
+            const int8_t* next = values_of(weights, last ? first : panel + 1, last ? column + columns : column);
+            multiply_columns(block, values_of(weights, panel, column), next, column, columns, totals.of[panel - first]);
+        }
+    }
+    // A few rows of all the panels: what lies side by side in y is written together, and not on many pages in turn.
+    constexpr int64_t kFewRows = 16;
+    for (int64_t row = 0; row < block.count; row += kFewRows) {
+        const int64_t count = std::min(kFewRows, block.count - row);
+        for (int64_t panel = first; panel < end; ++panel) {
+            finish_panel(block, panel, row, count, totals.of[panel - first] + row * kInt8PanelRows);
         }
     }
 }

@@ -29,9 +29,27 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
+// The weights that come next, spread evenly over all steps: no step may wait for a memory that is busy.
+struct Ahead {
+    uintptr_t address;
+    uintptr_t per_step;
+
+    Ahead(const Int8Tile& tile, int64_t rows)
+        : address(reinterpret_cast<uintptr_t>(tile.next)),
+          per_step(static_cast<uintptr_t>(kTileBytes * kInt8PanelRows / ((rows + kInt8RowStep - 1) / kInt8RowStep))) {}
+
+    void step() {
+        constexpr int kIntoL2 = 2;
+        for (uintptr_t i = 0; i <= per_step; i += kTileBytes) {
+            __builtin_prefetch(reinterpret_cast<const void*>(address + i), 0, kIntoL2);
+        }
+        address += per_step;
+    }
+};
+
 // 16 rows, or 32.
 template <bool kMore>
-inline void multiply_step(const Int8Tile& tile, int64_t row) {
+inline void multiply_step(const Int8Tile& tile, int64_t row, Ahead& ahead) {
     int32_t* totals = tile.totals + row * kInt8PanelRows;
     int32_t* more_totals = totals + kTileRows * kInt8PanelRows;
     if (tile.fresh) {
@@ -63,6 +81,7 @@ inline void multiply_step(const Int8Tile& tile, int64_t row) {
             _tile_dpbssd(2, 5, 6);
             _tile_dpbssd(3, 5, 7);
         }
+        ahead.step();
     }
     _tile_stored(0, totals, kTotalsStride);
     _tile_stored(1, totals + kTileRows, kTotalsStride);
@@ -75,11 +94,12 @@ inline void multiply_step(const Int8Tile& tile, int64_t row) {
 void multiply_tiles(const Int8Tile& tile, int64_t rows) {
     const TileConfig config;
     _tile_loadconfig(&config);
+    Ahead ahead(tile, rows);
     for (int64_t row = 0; row < rows; row += kInt8RowStep) {
         if (rows - row > kTileRows) {
-            multiply_step<true>(tile, row);
+            multiply_step<true>(tile, row, ahead);
         } else {
-            multiply_step<false>(tile, row);
+            multiply_step<false>(tile, row, ahead);
         }
     }
     _tile_release();  // tiles in use make every switch between threads save 8 KiB more

@@ -12,8 +12,8 @@ namespace biomedgpt {
 constexpr int64_t kInt8RowBlock = 512;
 // A path may read values and write totals of this many rows at once, existing or not.
 constexpr int64_t kInt8RowStep = 32;
-// Columns of a panel that all rows pass over at once: 32 KiB, which stay in the L1 cache.
-constexpr int64_t kInt8BlockColumns = 1024;
+// Columns of a panel that all rows pass over at once: 16 KiB, a part of the L1 cache.
+constexpr int64_t kInt8BlockColumns = 512;
 
 // Quantized rows as paths read them.
 struct Int8Rows {
@@ -26,6 +26,7 @@ struct Int8Rows {
 // A product of some rows and some columns of one panel, added to totals.
 struct Int8Tile {
     const int8_t* weights;  // [columns / 4, 32 rows, 4 columns]
+    const int8_t* next;     // what comes after them, as many; to be hinted at, for it may not exist
     int64_t columns;        // a multiple of 64
     Int8Rows rows;          // from the first row and column on
     int32_t* totals;        // [rows, 32]
