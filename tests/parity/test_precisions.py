@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from biomedgpt_edge import Engine, Protein
+from biomedgpt_edge.bench.work import protein_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_edge.encoders import Encoders
@@ -64,6 +65,9 @@ def test_a_protein_encoder_in_int8_lies_in_records_where_the_decoder_does(
     used = read_header(ours.path / "protein_encoder.onnx").operators
     assert INT8_INPUTS.keys() <= used
     assert ("com.microsoft", "DynamicQuantizeMatMul") not in used
+    spec = ours.manifest.protein_encoder
+    assert spec is not None
+    assert protein_work(ours, spec, 10).kind == "int8"
     assert ours.manifest.parity["fidelity"]["protein"]["embeddings"] <= 1e-4
     assert ours.manifest.parity["proof"]["cosine"]["least"] > 0.999
     relayout(ours.path, tmp_path / "portable", "portable", lambda line: None)

@@ -36,6 +36,12 @@ def records_bytes(rows: int, columns: int, group_size: int) -> int:
     return panels * groups * size
 
 
+def int8_records_bytes(_name: str, rows: int, columns: int) -> int:
+    """What a matrix and its bias take, its last panel and its columns filled up."""
+    panels, size = _native.int8_records_shape(rows, columns)
+    return panels * size
+
+
 def packed(weight: Int4Weight) -> Records:
     """uint8 ``[panels, groups, bytes of a record]``, see csrc/int4/int4.h; of weights with zero point 8."""
     shape = _native.int4_records_shape(len(weight.packed), weight.columns, weight.group_size)
