@@ -223,6 +223,7 @@ def test_inspect_and_doctor_name_the_instruction_set(records: Path, capsys: pyte
     assert found["int4 operators"]["found"].startswith(path)
     assert found["decoder"]["found"] == f"records-1, computed with {path}"
     assert f"int4: {', '.join(_native.int4_paths())}" in found["kernels"]["found"]
+    assert f"int8: {', '.join(_native.int8_paths())}" in found["kernels"]["found"]
 
 
 def test_compare_reads_both_layouts(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
