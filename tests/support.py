@@ -26,9 +26,7 @@ def bytes_of_linears(graph: Path) -> int:
     import onnx
 
     tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
-    linear = re.compile(
-        r"(layers\..*|lm_head)\.(weight|weight_int[48]|records|records_int8|scales|zero_points|order)"
-    )
+    linear = re.compile(r"(layers\..*|lm_head)\.(weight|weight_int[48]|records|records_int8|scales|zero_points|order)")
     return sum(
         math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in tensors
