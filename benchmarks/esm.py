@@ -4,9 +4,9 @@ All engines are in one process and take turns: each is run once untimed and once
 pause in which the threads of the one before go to sleep. A round is a turn of each for every number of residues, opened
 by a probe of the memory and of the arithmetic; who comes first changes from round to round. Ratios compare times of the
 same round, above 1 where ours is faster; printed are their median and range. Rounds are dropped by the rule of
-`biomedgpt-edge bench`, and counted. Processor time is that of all threads, waiting ones included: with --threads 1, where
-none waits for another, it stays comparable on a busy machine. Before anything is timed, the features of every engine are compared with those of
-torch in float32.
+`biomedgpt-edge bench`, and counted. Processor time is that of all threads, waiting ones included: with --threads 1,
+where none waits for another, it stays comparable on a busy machine. Before anything is timed, the features of every
+engine are compared with those of torch in float32.
 
 `ours` is the int8 encoder of a bundle in records, `DynamicQuantizeMatMul` the one of a portable bundle; torch is
 transformers' EsmModel. Afterwards ours is run once more under ONNX Runtime's profiler, for the time of each operator.
