@@ -4,8 +4,9 @@ All engines are in one process and take turns: each is run once untimed and once
 pause in which the threads of the one before go to sleep. A round is a turn of each for every number of residues, opened
 by a probe of the memory and of the arithmetic; who comes first changes from round to round. Ratios compare times of the
 same round, above 1 where ours is faster; printed are their median and range. Rounds are dropped by the rule of
-`biomedgpt-edge bench`, and counted. Before anything is timed, the features of every engine are compared with those of
-torch in float32.
+`biomedgpt-edge bench`, and counted. Processor time is that of all threads, waiting ones included: with --threads 1,
+where none waits for another, it stays comparable on a busy machine. Before anything is timed, the features of every
+engine are compared with those of torch in float32.
 
 `ours` is the int8 encoder of a bundle in records, `DynamicQuantizeMatMul` the one of a portable bundle; torch is
 transformers' EsmModel. Afterwards ours is run once more under ONNX Runtime's profiler, for the time of each operator.
@@ -47,7 +48,7 @@ from biomedgpt_export.graphs.config import EsmConfig
 from biomedgpt_export.graphs.esm import build_esm
 from biomedgpt_export.graphs.int8_ops import write_with_int8_ops
 from biomedgpt_export.graphs.linear import GraphPrecision, Linears
-from peers import Ratio, ratio
+from peers import ratio
 
 import onnxruntime as ort  # isort: skip  # after biomedgpt_edge, which switches its telemetry off
 
@@ -55,6 +56,9 @@ Features = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 # From residue ids [1, L + 2] to float32 [L + 2, hidden], the final LayerNorm applied or not.
 Encode = Callable[[Ids], Features]
+
+# By engine, number of residues and round.
+Times = dict[str, dict[int, dict[int, float]]]
 
 OURS, EXACT = "ours", "torch fp32"
 PAUSE = 0.1
@@ -186,10 +190,12 @@ ENGINES: dict[str, Callable[[Engines], Encode]] = {
 
 @dataclass
 class Measured:
-    """Milliseconds per layer by engine, number of residues and round; milliseconds per layer by operator of ours."""
+    """Milliseconds per layer, of the clock and of the processors, by engine, number of residues and round; milliseconds
+    per layer by operator of ours."""
 
     rounds: list[Round] = field(default_factory=list)
-    milliseconds: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
+    milliseconds: Times = field(default_factory=dict)
+    processor_milliseconds: Times = field(default_factory=dict)
     distances: dict[str, float] = field(default_factory=dict)
     profiles: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -253,14 +259,15 @@ def _round(
         for name in [*names[shift:], *names[:shift]]:
             time.sleep(PAUSE)
             runs[name](ids)
-            start = time.perf_counter()
+            start, processors = time.perf_counter(), time.process_time()
             runs[name](ids)
-            taken = (time.perf_counter() - start) * 1e3 / options.layers
-            measured.milliseconds.setdefault(name, {}).setdefault(residues, {})[turn] = taken
+            taken, used = time.perf_counter() - start, time.process_time() - processors
+            for times, seconds in ((measured.milliseconds, taken), (measured.processor_milliseconds, used)):
+                times.setdefault(name, {}).setdefault(residues, {})[turn] = seconds * 1e3 / options.layers
     after = Processors.now()
-    foreign, seconds = after.foreign_share(before), after.wall - before.wall
-    measured.rounds.append(Round(turn, "serve", seconds, foreign, limits.bandwidth, limits.arithmetic))
-    report(f"round {turn}: {seconds:.1f} s, foreign CPU {'unknown' if foreign is None else f'{foreign:.0%}'}")
+    foreign, whole = after.foreign_share(before), after.wall - before.wall
+    measured.rounds.append(Round(turn, "serve", whole, foreign, limits.bandwidth, limits.arithmetic))
+    report(f"round {turn}: {whole:.1f} s, foreign CPU {'unknown' if foreign is None else f'{foreign:.0%}'}")
 
 
 def profile(engines: Engines, ids: Ids, runs: int, layers: int) -> dict[str, float]:
@@ -290,13 +297,15 @@ def table(shape: Shape, measured: Measured) -> list[str]:
         (rate for one in measured.rounds for name, rate in one.arithmetic.items() if name.startswith("int8")),
         default=0.0,
     )
-    lines = ["| engine | residues | ms per layer | × ours | range | off by cosine |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| engine | residues | ms per layer | × ours | range | processor ms | × ours | range | off by cosine |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for name, by_residues in measured.milliseconds.items():
-        for residues, times in by_residues.items():
-            against = _against_ours(measured, name, residues, counted)
-            spread = "– | –" if against is None else f"{against.median:.2f} | {against.least:.2f}–{against.largest:.2f}"
-            median = statistics.median(times[turn] for turn in counted)
-            lines.append(f"| {name} | {residues} | {median:.1f} | {spread} | {measured.distances[name]:.1e} |")
+        for residues in by_residues:
+            both = (measured.milliseconds, measured.processor_milliseconds)
+            cells = " | ".join(_cells(times, name, residues, counted) for times in both)
+            lines.append(f"| {name} | {residues} | {cells} | {measured.distances[name]:.1e} |")
     state = "undisturbed" if undisturbed else "ALL OF THEM DISTURBED"
     lines += ["", f"{len(counted)} of {total} rounds count, {state}; int8 peak {peak / 1e12:.1f} TOP/s at best."]
     for residues, operators in measured.profiles.items():
@@ -309,9 +318,12 @@ def table(shape: Shape, measured: Measured) -> list[str]:
     return lines
 
 
-def _against_ours(measured: Measured, name: str, residues: int, counted: Sequence[int]) -> Ratio | None:
-    ours = measured.milliseconds.get(OURS, {}).get(residues, {})
-    return ratio(measured.milliseconds[name][residues], ours, counted)
+def _cells(times: Times, name: str, residues: int, counted: Sequence[int]) -> str:
+    """Median, and the ratio to ours with its range."""
+    mine, ours = times[name][residues], times.get(OURS, {}).get(residues, {})
+    against = ratio(mine, ours, counted)
+    spread = "– | –" if against is None else f"{against.median:.2f} | {against.least:.2f}–{against.largest:.2f}"
+    return f"{statistics.median(mine[turn] for turn in counted):.1f} | {spread}"
 
 
 def report(text: str) -> None:

@@ -65,6 +65,10 @@ def test_a_protein_encoder_in_int8_lies_in_records_where_the_decoder_does(
     used = read_header(ours.path / "protein_encoder.onnx").operators
     assert INT8_INPUTS.keys() <= used
     assert ("com.microsoft", "DynamicQuantizeMatMul") not in used
+    chosen = ExportOptions(
+        Layout.locate(tiny_checkpoint), tmp_path / "x", protein_encoder="int8", decoder_layout="records"
+    )
+    assert plan_bundle(chosen).parts["protein_encoder"] == bytes_of_linears(ours.path / "protein_encoder.onnx")
     spec = ours.manifest.protein_encoder
     assert spec is not None
     assert protein_work(ours, spec, 10).kind == "int8"

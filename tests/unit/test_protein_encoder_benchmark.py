@@ -38,7 +38,8 @@ def test_every_engine_takes_a_turn_for_every_protein_in_every_round(
     benchmark.main(["--quick", "--threads", "1", "--residues", "5,40", "--json", str(out)])
     written = json.loads(out.read_text())
     assert list(written["milliseconds"]) == list(benchmark.ENGINES)
-    for by_residues in written["milliseconds"].values():
+    assert written["processor_milliseconds"].keys() == written["milliseconds"].keys()
+    for by_residues in [*written["milliseconds"].values(), *written["processor_milliseconds"].values()]:
         assert {residues: list(times) for residues, times in by_residues.items()} == {
             "5": ["0", "1", "2"],
             "40": ["0", "1", "2"],
@@ -63,10 +64,11 @@ def test_the_median_is_that_of_the_rounds_that_count(benchmark: Any) -> None:
     measured.rounds = [Round(turn, "serve", 1.0, share, {"": 1.0}, {}) for turn, share in enumerate(foreign_shares)]
     measured.milliseconds = {"ours": {5: dict(enumerate([9.0, 1.0, 7.0, 2.0]))}}
     measured.milliseconds["peer"] = {5: dict(enumerate([9.0, 3.0, 7.0, 2.0]))}
+    measured.processor_milliseconds = {name: {5: dict.fromkeys(range(4), 4.0)} for name in ("ours", "peer")}
     measured.distances = {"ours": 0.0, "peer": 0.0}
     assert measured.counted() == ([1, 3], True)
     lines = benchmark.table(benchmark.QUICK, measured)
-    assert "| peer | 5 | 2.5 | 2.00 | 1.00–3.00 | 0.0e+00 |" in lines
+    assert "| peer | 5 | 2.5 | 2.00 | 1.00–3.00 | 4.0 | 1.00 | 1.00–1.00 | 0.0e+00 |" in lines
     assert "2 of 3 rounds count, undisturbed; int8 peak 0.0 TOP/s at best." in lines
 
 
