@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,10 @@ def run(arguments: Sequence[str] | None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BioMedGPTError as error:
         _report(f"error: {error}")
         return error.exit_code

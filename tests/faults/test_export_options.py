@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -232,3 +235,16 @@ def test_a_group_size_that_does_not_divide_is_refused_before_anything_is_done(
 def test_a_group_size_is_refused_where_nothing_is_quantized_to_int4(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="groups of 32 were asked for, and no part"):
         export(tiny_checkpoint, tmp_path / "bundle", group_size=32, precision="fp16")
+
+
+def test_a_reader_that_has_gone_is_no_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    family = ["--family", "biomedgpt-10b"]
+    arguments = ["bundle", *family, "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--dry-run"]
+    command = [sys.executable, "-m", "biomedgpt_export.cli", *arguments]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

@@ -7,7 +7,7 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from biomedgpt_edge.bench.report import as_csv, as_markdown, as_table
 from biomedgpt_edge.bench.stages import NotMeasured
 from biomedgpt_edge.bench.statistics import Round, disturbances, nearest_rank, summarize
 from biomedgpt_edge.bench.suite import Plan, Suite
-from biomedgpt_edge.bench.work import Work, bound, decode_work, graph_bytes, prefill_work
+from biomedgpt_edge.bench.work import (
+    Bound,
+    Work,
+    bound,
+    bound_in_turn,
+    decode_work,
+    graph_bytes,
+    molecule_work,
+    prefill_work,
+    splice_work,
+)
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main
 from biomedgpt_edge.decoder.kv_cache import KvLayout
@@ -151,7 +161,8 @@ def test_shares_are_of_the_limit_that_binds(result: dict[str, Any]) -> None:
     stage = stage_of(result, "decode tg128 @ depth 512")
     tpot = stage["metrics"][0]
     assert tpot["bound"]["limit"] == "bandwidth"
-    assert tpot["bound"]["seconds"] == stage["work"]["bytes"] / 4e10
+    (work,) = stage["work"]
+    assert tpot["bound"]["seconds"] == work["bytes"] / 4e10
     assert tpot["bound"]["share_reached"] == tpot["bound"]["seconds"] / tpot["summary"]["p50"]
     assert stage_of(result, "prefill pp512")["metrics"][0]["bound"]["limit"] == "int8 arithmetic"
 
@@ -220,6 +231,37 @@ def test_a_decoded_token_reads_all_weights_and_its_past() -> None:
 def test_int8_limits_hold_for_quantized_graphs_alone(tiny_bundle_fp32: Path) -> None:
     assert prefill_work(Bundle.open(DEMO_BUNDLE), 8).kind == "int8"
     assert prefill_work(Bundle.open(tiny_bundle_fp32), 8).kind == "fp32"
+
+
+def test_works_that_follow_each_other_are_added() -> None:
+    rates = {"int8 fast": 2.0, "fp32 fast": 100.0}
+    works = (Work(30, 40, "int8"), Work(10, 60, "int8"))
+    assert bound_in_turn(works, 1.0, rates) == Bound(60.0, "bandwidth")
+    assert bound_in_turn(works[::-1], 2.0, rates) == Bound(50.0, "int8 arithmetic")
+    assert bound_in_turn((), 1.0, rates) is None
+
+
+def test_the_first_token_of_a_request_has_the_encoder_and_what_no_cache_held_before_it(result: dict[str, Any]) -> None:
+    bundle = Bundle.open(DEMO_BUNDLE)
+    assert bundle.manifest.molecule_encoder is not None
+    stage = stage_of(result, "request molecule")
+    encoder, decoder = stage["work"]
+    atoms = stages.molecule_maker("request")(0).n_soft_tokens
+    assert encoder == asdict(molecule_work(bundle, bundle.manifest.molecule_encoder, atoms))
+    with Engine.load(threads=1) as engine:
+        prompt = len(engine.prepare(stages.MOLECULE_QUESTION, stages.molecule_maker("request")(0)))
+    assert 0 < decoder["operations"] < prefill_work(bundle, prompt).operations
+    (ttft,) = (metric for metric in stage["metrics"] if metric["name"] == "ttft")
+    assert ttft["bound"]["share_reached"] > 0
+
+
+def test_a_splice_reads_weights_and_features_and_writes_soft_tokens() -> None:
+    projection = Bundle.open(DEMO_BUNDLE).molecule_projection
+    assert projection is not None
+    hidden, width = projection.weight.shape
+    more = splice_work(projection, 11).bytes - splice_work(projection, 10).bytes
+    assert more == 4 * (hidden + width)
+    assert splice_work(projection, 0).bytes == projection.weight.nbytes + projection.bias.nbytes
 
 
 def test_the_slower_of_memory_and_arithmetic_binds() -> None:

@@ -135,7 +135,7 @@ def _method_lines(result: Result) -> list[str]:
     if method["probe_bytes"] < method["probe_bytes_wanted"]:
         lines.append(f"The probe read {method['probe_bytes'] / 2**20:,.0f} MiB only: there was no memory for more.")
     cache = result["machine"]["last_level_cache"]
-    works = [stage["work"]["bytes"] for stage in result["stages"] if stage["measured"] and stage["work"]]
+    works = [work["bytes"] for stage in result["stages"] if stage["measured"] for work in stage["work"]]
     if cache and works and max(works) < cache:
         lines.append("The weights fit the last-level cache, so a share of the memory's bandwidth says little here.")
     if result["energy"]["source"] is None:

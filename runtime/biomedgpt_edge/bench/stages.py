@@ -24,7 +24,7 @@ from ..prompt import Input
 from ..sampling import GenerationOptions, Sampler
 from ..splice import TokenPart, splice
 from .counters import bytes_read_from_storage
-from .work import Work, decode_work, prefill_work, protein_work
+from .work import Work, decode_work, molecule_work, prefill_work, protein_work, splice_work
 
 GROUPS = ("load", "encode", "splice", "prefill", "decode", "request")
 PROMPTS = (128, 512)
@@ -77,8 +77,8 @@ class Stage(Protocol):
         """Positions or tokens behind one sample of ``bounded``, for rates; 0 where there is no rate."""
         ...
 
-    def work(self) -> Work | None:
-        """The least that one sample of ``bounded`` takes."""
+    def works(self) -> tuple[Work, ...]:
+        """The least that one sample of ``bounded`` takes, one after the other; asked for after the runs."""
         ...
 
     def run(self, turn: int, look: Look) -> Samples:
@@ -113,8 +113,8 @@ class LoadStage:
     def name(self) -> str:
         return f"load, {'cold' if self.cold else 'warm'}"
 
-    def work(self) -> Work | None:
-        return None
+    def works(self) -> tuple[Work, ...]:
+        return ()
 
     def run(self, turn: int, look: Look) -> Samples:
         if self.cold:
@@ -152,17 +152,18 @@ class PrepareStage:
 
     @property
     def bounded(self) -> str:
-        return "encode" if self.group == "encode" and self.residues else ""
+        return self.group
 
     @property
     def positions(self) -> int:
-        return self.residues + 2 if self.bounded else 0  # <cls> and <eos>
+        return self.residues + 2 if self.residues else 0  # <cls> and <eos>
 
-    def work(self) -> Work | None:
-        spec = self.engine.bundle.manifest.protein_encoder
-        if not self.bounded or spec is None:
-            return None
-        return protein_work(self.engine.bundle, spec, self.positions)
+    def works(self) -> tuple[Work, ...]:
+        bundle, item = self.engine.bundle, self.make(0)
+        if self.group == "encode":
+            return encoder_works(bundle, item)
+        projection = bundle.molecule_projection if isinstance(item, Molecule) else bundle.protein_projection
+        return () if projection is None else (splice_work(projection, item.n_soft_tokens),)
 
     def run(self, turn: int, look: Look) -> Samples:
         item = self.make(turn)
@@ -187,8 +188,8 @@ class PrefillStage:
     def name(self) -> str:
         return f"prefill pp{self.positions}"
 
-    def work(self) -> Work | None:
-        return prefill_work(self.engine.bundle, self.positions)
+    def works(self) -> tuple[Work, ...]:
+        return (prefill_work(self.engine.bundle, self.positions),)
 
     def run(self, turn: int, look: Look) -> Samples:
         _check_context(self.engine, self.positions, 0)
@@ -219,8 +220,8 @@ class DecodeStage:
     def name(self) -> str:
         return f"decode tg{self.tokens} @ depth {self.depth}"
 
-    def work(self) -> Work | None:
-        return decode_work(self.engine.bundle, self._kv, self.depth, self.tokens)
+    def works(self) -> tuple[Work, ...]:
+        return (decode_work(self.engine.bundle, self._kv, self.depth, self.tokens),)
 
     def run(self, turn: int, look: Look) -> Samples:
         prompt = max(1, self.depth)
@@ -247,15 +248,17 @@ class RequestStage:
     make: Callable[[int], Input]
     question: str
     group: str = "request"
-    bounded: str = ""
+    bounded: str = "ttft"
     positions: int = 0
+    computed: int = 0  # positions of the prompt that no cache held
 
     @property
     def name(self) -> str:
         return f"request {self.what}"
 
-    def work(self) -> Work | None:
-        return None
+    def works(self) -> tuple[Work, ...]:
+        bundle = self.engine.bundle
+        return (*encoder_works(bundle, self.make(0)), prefill_work(bundle, self.computed))
 
     def run(self, turn: int, look: Look) -> Samples:
         item = self.make(turn)
@@ -268,6 +271,7 @@ class RequestStage:
         end = time.perf_counter()
         look()
         timings = stream.answer.timings
+        self.computed = timings.prompt_tokens - timings.cached_tokens
         parts = {part: getattr(timings, part) for part in REQUEST_PARTS[:-1]}
         # Tokenizing, choosing tokens and making text of them. Inputs were featurized before the call.
         parts["other"] = end - started - sum(parts.values()) + parts["featurize"]
@@ -279,6 +283,16 @@ class RequestStage:
             samples["itl"] = [later - earlier for earlier, later in pairwise(arrivals)]
             samples["tpot"] = [(arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)]
         return samples
+
+
+def encoder_works(bundle: Bundle, item: Input) -> tuple[Work, ...]:
+    """What reading an input takes."""
+    manifest = bundle.manifest
+    if isinstance(item, Molecule):
+        spec = manifest.molecule_encoder
+        return () if spec is None else (molecule_work(bundle, spec, item.n_soft_tokens),)
+    encoder = manifest.protein_encoder
+    return () if encoder is None else (protein_work(bundle, encoder, item.n_soft_tokens),)
 
 
 def load_stages(path: Path | None, threads: int, options: LoadOptions) -> list[Stage]:

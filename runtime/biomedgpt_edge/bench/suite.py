@@ -26,7 +26,7 @@ from .statistics import (
     disturbances,
     summarize,
 )
-from .work import bound
+from .work import bound_in_turn
 
 SCHEMA = "biomedgpt-edge/bench"
 SCHEMA_VERSION = 1
@@ -231,8 +231,8 @@ def _stage_figures(
     figures: dict[str, Any] = {"group": stage.group, "name": stage.name}
     if record.reason:
         return {**figures, "measured": False, "reason": record.reason}
-    work = stage.work()
-    least = None if work is None else bound(work, bandwidth, arithmetic)
+    works = stage.works()
+    least = bound_in_turn(works, bandwidth, arithmetic)
     metrics = []
     for name, samples in record.samples.items():
         summary = summarize([value for turn, values in samples if turn in turns for value in values])
@@ -246,7 +246,7 @@ def _stage_figures(
         **figures,
         "measured": True,
         "positions": stage.positions,
-        "work": None if work is None else asdict(work),
+        "work": [asdict(work) for work in works],
         "memory": {
             "peak_rss": record.peak_rss,
             "peak_is_of": "stage" if record.peak_is_of_stage else "process",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ..bundle import Bundle
 from ..decoder.kv_cache import KvLayout
-from ..manifest import DecoderSpec, ProteinEncoderSpec
+from ..manifest import DecoderSpec, MoleculeEncoderSpec, ProteinEncoderSpec
 from ..onnx_header import INT4_MATRICES, INT8_INPUTS, read_header
+from ..splice import Projection
 
 _QUANTIZED_PRODUCTS = {
     *INT4_MATRICES,
@@ -46,6 +48,30 @@ def bound(work: Work, bandwidth: float, arithmetic: dict[str, float]) -> Bound:
     rate = max(value for name, value in arithmetic.items() if name.split()[0] == work.kind)
     memory, compute = work.bytes / bandwidth, work.operations / rate
     return Bound(memory, "bandwidth") if memory >= compute else Bound(compute, f"{work.kind} arithmetic")
+
+
+def bound_in_turn(works: Sequence[Work], bandwidth: float, arithmetic: dict[str, float]) -> Bound | None:
+    """Of works that follow each other; the limit is that of the longest. None of no work."""
+    bounds = [bound(work, bandwidth, arithmetic) for work in works]
+    if not bounds:
+        return None
+    longest = max(bounds, key=lambda one: one.seconds)
+    return Bound(sum(one.seconds for one in bounds), longest.limit)
+
+
+def molecule_work(bundle: Bundle, spec: MoleculeEncoderSpec, atoms: int) -> Work:
+    """Of the molecule encoder: of each layer the multilayer perceptron, which is twice as wide inside."""
+    operations = 2 * atoms * spec.layers * 4 * spec.width**2
+    return Work(graph_bytes(bundle, spec.graph), operations, _kind(bundle, spec.graph))
+
+
+def splice_work(projection: Projection, rows: int) -> Work:
+    """Of ``rows`` feature rows to soft tokens: weights, features and results, each once.
+
+    No arithmetic is counted: 16-bit operands have a limit of their own, which is not probed.
+    """
+    hidden, width = projection.weight.shape
+    return Work(projection.weight.nbytes + projection.bias.nbytes + 4 * rows * (width + hidden), 0, "fp32")
 
 
 def prefill_work(bundle: Bundle, positions: int) -> Work:
