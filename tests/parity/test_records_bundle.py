@@ -243,6 +243,15 @@ def test_the_portable_decoder_is_used_instead_and_a_warning_says_why(
 
 
 @pytest.mark.usefixtures("without_library")
+def test_commands_say_so_on_stderr(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert edge(["ask", "--bundle", str(records), "--max-new-tokens", "1", "--json", "?"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["finish"] == "length"
+        assert printed.err.count("warning: the int4 operators cannot be used") == 1
+
+
+@pytest.mark.usefixtures("without_library")
 def test_records_that_were_asked_for_are_not_replaced(records: Path) -> None:
     with pytest.raises(PlatformError, match=r"int4 operators cannot be used.*Leave the choice of the decoder to auto"):
         Engine.load(records, threads=1, decoder="records")
