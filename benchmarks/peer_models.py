@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder.graph import decoder_graph
+from biomedgpt_edge.decoder.graph import choose, decoder_graph
 from biomedgpt_edge.manifest import DecoderSpec
 
 # --shape -> scale of biomedgpt_export.synthesize
@@ -66,7 +66,8 @@ class Models:
     @property
     def portable_graph(self) -> Path:
         """The decoder with MatMulNBits, which peers on ONNX Runtime run; of a bundle in records, a derived one."""
-        return decoder_graph(Bundle.open(self.bundle), "portable", "once").path
+        bundle = Bundle.open(self.bundle)
+        return decoder_graph(bundle, choose(bundle, "portable"), "once").path
 
 
 def genai_folder(models: Models, threads: int) -> Path:
