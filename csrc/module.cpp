@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "common/error.h"
 #include "common/parallel.h"
 #include "int4/int4.h"
+#include "int8/int8.h"
 #include "probe/probe.h"
 #include "python/array.h"
 #include "splice/splice.h"
@@ -56,6 +58,11 @@ constexpr Expected kInt4Scales{2, "float16 [N, groups], contiguous, and writeabl
 constexpr Expected kInt4Values{2, "int8 [rows, groups * group], contiguous and writeable"};
 constexpr Expected kInt4RowScales{2, "float32 [rows, groups], contiguous and writeable"};
 constexpr Expected kInt4ZeroTerms{2, "int32 [rows, groups], contiguous and writeable"};
+constexpr Expected kInt8Matrix{2, "int8 [N, K], contiguous, and writeable where it is filled"};
+constexpr Expected kInt8Numbers{1, "float32 [N], contiguous, and writeable where it is filled"};
+constexpr Expected kInt8Residual{2, "float32 [rows, N], contiguous, or None"};
+constexpr Expected kInt8Values{2, "int8 [rows, K rounded up to a multiple of 64], contiguous and writeable"};
+constexpr Expected kInt8RowScales{1, "float32 [rows], contiguous and writeable"};
 
 // True and False, which are ints to Python, are more likely to be a mistake than a number here.
 int64_t int_of(py::handle value, const ArgName& name) {
@@ -304,6 +311,9 @@ class TypedArray {
         if (this->rows() == rows && this->columns() == columns) return;
         array_.refuse(" where [" + std::to_string(rows) + ", " + std::to_string(columns) + "] is needed");
     }
+    void require(int64_t count) const {
+        if (rows() != count) array_.refuse(" where [" + std::to_string(count) + "] is needed");
+    }
 
   private:
     Place place_;
@@ -441,6 +451,92 @@ py::list attention_paths() {
 py::list int4_paths() {
     py::list paths;
     for (const char* path : biomedgpt::int4_paths()) paths.append(path);
+    return paths;
+}
+
+py::tuple int8_records_shape(const py::object& rows, const py::object& columns) {
+    const biomedgpt::Int8Shape shape{int_of(rows, {"rows"}), int_of(columns, {"columns"})};
+    biomedgpt::check_int8_shape(shape);
+    return py::make_tuple(shape.panels(), shape.panel_bytes());
+}
+
+biomedgpt::Int8Shape int8_shape_of(const TypedArray& values, const TypedArray& scales, const TypedArray& biases) {
+    const biomedgpt::Int8Shape shape{values.rows(), values.columns()};
+    biomedgpt::check_int8_shape(shape);
+    scales.require(shape.rows);
+    biases.require(shape.rows);
+    return shape;
+}
+
+void int8_pack(const py::object& records, const py::object& values, const py::object& scales,
+               const py::object& biases) {
+    const TypedArray to(records, "records", kInt4Records, DType::u8, Use::filled);
+    const TypedArray matrix(values, "values", kInt8Matrix, DType::i8, Use::read);
+    const TypedArray of_rows(scales, "scales", kInt8Numbers, DType::f32, Use::read);
+    const TypedArray added(biases, "biases", kInt8Numbers, DType::f32, Use::read);
+    const biomedgpt::Int8Shape shape = int8_shape_of(matrix, of_rows, added);
+    to.require(shape.panels(), shape.panel_bytes());
+    const py::gil_scoped_release released;
+    biomedgpt::int8_pack(shape, {matrix.data<int8_t>(), of_rows.data<float>(), added.data<float>()},
+                         to.data<uint8_t>());
+}
+
+void int8_unpack(const py::object& values, const py::object& scales, const py::object& biases,
+                 const py::object& records) {
+    const TypedArray to(values, "values", kInt8Matrix, DType::i8, Use::filled);
+    const TypedArray to_scales(scales, "scales", kInt8Numbers, DType::f32, Use::filled);
+    const TypedArray to_biases(biases, "biases", kInt8Numbers, DType::f32, Use::filled);
+    const TypedArray from(records, "records", kInt4Records, DType::u8, Use::read);
+    const biomedgpt::Int8Shape shape = int8_shape_of(to, to_scales, to_biases);
+    from.require(shape.panels(), shape.panel_bytes());
+    const py::gil_scoped_release released;
+    biomedgpt::int8_unpack(shape, from.data<uint8_t>(), to.data<int8_t>(), to_scales.data<float>(),
+                           to_biases.data<float>());
+}
+
+void int8_quantize(const py::object& values, const py::object& scales, const py::object& x, const py::object& path) {
+    const TypedArray to(values, "values", kInt8Values, DType::i8, Use::filled);
+    const TypedArray to_scales(scales, "scales", kInt8RowScales, DType::f32, Use::filled);
+    const TypedArray from(x, "x", kInt4X, DType::f32, Use::read);
+    const biomedgpt::Int8Shape shape{1, from.columns()};
+    biomedgpt::check_int8_shape(shape);
+    to.require(from.rows(), shape.padded_columns());
+    to_scales.require(from.rows());
+    const std::string_view name = text_of(path, {"path"});
+    const py::gil_scoped_release released;
+    biomedgpt::int8_quantize(from.data<float>(), from.rows(), from.columns(),
+                             {to.data<int8_t>(), to_scales.data<float>()}, name);
+}
+
+void int8_linear(const py::object& y, const py::object& x, const py::object& records, const py::object& residual,
+                 const py::object& gelu, const py::object& threads, const py::object& path) {
+    const TypedArray to(y, "y", kInt4Y, DType::f32, Use::filled);
+    const TypedArray from(x, "x", kInt4X, DType::f32, Use::read);
+    const TypedArray weights(records, "records", kInt4Records, DType::u8, Use::read);
+    to.require(from.rows(), to.columns());
+    biomedgpt::Int8Args args;
+    args.x = from.data<float>();
+    args.y = to.data<float>();
+    args.rows = from.rows();
+    args.weights.shape = {to.columns(), from.columns()};
+    args.weights.records = weights.data<uint8_t>();
+    args.weights.bytes = weights.rows() * weights.columns();
+    args.gelu = bool_of(gelu, {"gelu"});
+    std::optional<TypedArray> added;
+    if (!residual.is_none()) {
+        added.emplace(residual, "residual", kInt8Residual, DType::f32, Use::read);
+        added->require(from.rows(), to.columns());
+        args.residual = added->data<float>();
+    }
+    biomedgpt::PoolThreads pool(pool_threads_of(threads));
+    const biomedgpt::Int8Options options{pool.parallel_for(), text_of(path, {"path"})};
+    const py::gil_scoped_release released;
+    biomedgpt::int8_linear(args, options);
+}
+
+py::list int8_paths() {
+    py::list paths;
+    for (const char* path : biomedgpt::int8_paths()) paths.append(path);
     return paths;
 }
 
@@ -586,6 +682,32 @@ threads: an upper bound, from 1. path: "auto" or one of attention_paths(). Neith
 
 Raises KernelArgumentError, with nothing written, for anything else.)";
 
+constexpr char kInt8PackDoc[] = R"(Packs a matrix into records, as csrc/int8/int8.h has them.
+
+records: uint8 [panels, bytes of a panel], filled; see int8_records_shape.
+values: int8 [N, K], -127 to 127. scales and biases: float32 [N].
+
+Raises KernelArgumentError, with records untouched, for anything else. int8_unpack is the inverse.)";
+
+constexpr char kInt8RecordsShapeDoc[] = R"((panels, bytes of a panel) of a matrix [rows, columns].
+
+Raises KernelArgumentError where no records hold such a matrix.)";
+
+constexpr char kInt8LinearDoc[] =
+    R"(y = x W^T + b with eight-bit weights, and activations quantized to eight bits per row.
+
+y: float32 [rows, N], filled. x: float32 [rows, K]. records: as int8_pack makes them, at an address that is a multiple
+of 64. gelu: whether y is gelu(x W^T + b). residual: float32 [rows, N] that is added afterwards, or None.
+threads: an upper bound, from 1. path: "auto" or one of int8_paths(). Neither changes a bit of y.
+
+Raises KernelArgumentError, with y untouched, for anything else.)";
+
+constexpr char kInt8QuantizeDoc[] = R"(Quantizes x float32 [rows, K] as int8_linear does.
+
+values: int8 [rows, K rounded up to a multiple of 64], scales: float32 [rows]; both filled.
+
+Raises KernelArgumentError, with nothing written, for anything else.)";
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native kernels. Arrays are used in place: nothing is copied, cast or kept.";
     module.attr("__version__") = BIOMEDGPT_VERSION;
@@ -611,6 +733,17 @@ PYBIND11_MODULE(_native, module) {
     module.def("int4_quantize", &int4_quantize, kInt4QuantizeDoc, py::arg("values"), py::arg("scales"),
                py::arg("zero_terms"), py::arg("x"), py::arg("group"), py::arg("path") = "auto");
     module.def("int4_paths", &int4_paths);
+    module.def("int8_records_shape", &int8_records_shape, kInt8RecordsShapeDoc, py::arg("rows"), py::arg("columns"));
+    module.def("int8_pack", &int8_pack, kInt8PackDoc, py::arg("records"), py::arg("values"), py::arg("scales"),
+               py::arg("biases"));
+    module.def("int8_unpack", &int8_unpack, py::arg("values"), py::arg("scales"), py::arg("biases"),
+               py::arg("records"));
+    module.def("int8_linear", &int8_linear, kInt8LinearDoc, py::arg("y"), py::arg("x"), py::arg("records"),
+               py::arg("residual") = py::none(), py::arg("gelu") = false, py::arg("threads") = 1,
+               py::arg("path") = "auto");
+    module.def("int8_quantize", &int8_quantize, kInt8QuantizeDoc, py::arg("values"), py::arg("scales"), py::arg("x"),
+               py::arg("path") = "auto");
+    module.def("int8_paths", &int8_paths);
     module.def("cpu_features", &cpu_features);
     module.def("read_patterns", &read_patterns);
     module.def("read_memory", &read_memory, py::arg("words"), py::arg("pattern"));

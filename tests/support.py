@@ -42,11 +42,11 @@ def bounded_memory(limit: int) -> Iterator[None]:
 
 
 def bytes_of_linears(graph: Path) -> int:
-    """Matrices of a graph, packed or not, with their scales, zero points and orders."""
+    """Matrices of a graph, packed or not, with their scales, zero points and orders; in records of int8 with biases."""
     import onnx
 
     tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
-    linear = re.compile(r"(layers\..*|lm_head)\.(weight|weight_int4|weight_int8|records|scales|zero_points|order)")
+    linear = re.compile(r"(layers\..*|lm_head)\.(weight|weight_int[48]|records|records_int8|scales|zero_points|order)")
     return sum(
         math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in tensors

@@ -52,7 +52,7 @@ class AttentionKernel {
         shape.dims[2] = heads_ * head_size;
         args.y = static_cast<float*>(data_of(api_, output_of(api_, context, out::y, shape)));
         Pool pool{api_, context};
-        causal_attention(args, {ParallelFor(Pool::run, &pool), "auto"});
+        causal_attention(args, {pool.parallel_for(), "auto"});
     }
 
   private:
@@ -67,7 +67,7 @@ class AttentionKernel {
 
     RopeTable rope(const KernelContext& context) const {
         const Tensor cos = input(context, in::cos, "cos", 2), sin = input(context, in::sin, "sin", 2);
-        if (std::memcmp(cos.shape.dims, sin.shape.dims, sizeof cos.shape.dims) != 0) {
+        if (!(cos.shape == sin.shape)) {
             throw ArgumentError("sin", sin.shape.text(), cos.shape.text() + ", as cos");
         }
         return {static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), cos.shape.dims[0]};
@@ -86,7 +86,7 @@ class AttentionKernel {
     }
 
     KvShape cache_shape(const Shape& keys, const Shape& values, int64_t head_size) const {
-        if (keys.dims[0] != kv_heads_ || std::memcmp(keys.dims, values.dims, sizeof keys.dims) != 0) {
+        if (keys.dims[0] != kv_heads_ || !(keys == values)) {
             throw ArgumentError("past_value", "uint8 " + values.text() + " beside past_key " + keys.text(),
                                 "the same, [" + std::to_string(kv_heads_) + ", blocks, bytes of a block]");
         }

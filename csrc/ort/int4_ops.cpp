@@ -1,9 +1,5 @@
 #include "ort/int4_ops.h"
 
-#include <algorithm>
-#include <functional>
-#include <numeric>
-
 #include "int4/int4.h"
 #include "int4/int4_check.h"
 #include "ort/tensors.h"
@@ -11,46 +7,32 @@
 namespace biomedgpt::ort {
 namespace {
 
-constexpr size_t kX = 0, kRecords = 1, kY = 0;
+constexpr size_t kRecords = 1;
 
 class Int4Kernel {
   public:
     Int4Kernel(const Api& api, const Int4Op& op, const KernelInfo& info) : api_(api), op_(op) {
         weights_.shape.columns = attribute_of(api, info, "K");
         weights_.shape.rows = attribute_of(api, info, "N");
-        int constant = 0;
-        const Value* records = nullptr;
-        require(KernelInfoGetConstantInputTensor::call(api, &info, kRecords, &constant, &records));
-        if (constant == 0 || records == nullptr) {
-            throw ArgumentError("records", "an input that may change", "an initializer that nothing overrides");
-        }
-        set_records(shape_of(api, *records, "records"), data_of(api, *records));
+        const Value& records = initializer_of(api, info, kRecords, "records");
+        set_records(shape_of(api, records, "records"), data_of(api, records));
     }
 
     const Int4Op& op() const { return op_; }
 
     void compute(KernelContext& context) const {
+        require_same_memory(api_, context, kRecords, "records", weights_.records);
         const Value& x = input_of(api_, context, kX);
-        if (data_of(api_, input_of(api_, context, kRecords)) != weights_.records) {
-            throw ArgumentError("records", "other memory than when the session was made", "the same initializer");
-        }
-        Shape shape = shape_of(api_, x, "x");
-        const int64_t columns = weights_.shape.columns;
-        if (shape.rank == 0 || shape.dims[shape.rank - 1] != columns) {
-            throw ArgumentError("x", "float32 " + shape.text(), "float32 [..., " + std::to_string(columns) + "]");
-        }
-        int64_t* last = shape.dims + shape.rank - 1;
+        const Shape shape = shape_of_rows(api_, x, weights_.shape.columns);
         Int4Args args;
-        // Where one dimension is 0, nothing bounds the product of the others.
-        const bool empty = std::find(shape.dims, last, 0) != last;
-        args.rows = empty ? 0 : std::accumulate(shape.dims, last, int64_t{1}, std::multiplies<>());
+        args.rows = shape.rows();
         args.weights = weights_;
         args.x = static_cast<const float*>(data_of(api_, x));
-        *last = weights_.shape.rows;
-        args.y = static_cast<float*>(data_of(api_, output_of(api_, context, kY, shape)));
+        Value& y = output_of(api_, context, kY, shape.with_width(weights_.shape.rows));
+        args.y = static_cast<float*>(data_of(api_, y));
         Pool pool{api_, context};
         const auto multiply = op_.matrices == 2 ? int4_gate_up : int4_linear;
-        multiply(args, {ParallelFor(Pool::run, &pool), "auto"});
+        multiply(args, {pool.parallel_for(), "auto"});
     }
 
   private:
@@ -95,10 +77,7 @@ Status* compute(void* kernel, KernelContext* context) {
 
 Status* infer_shape(const CustomOp* op, ShapeInferContext* context) {
     const Api& api = *self(op).api;
-    return status_of(api, self(op).name, [&] {
-        const int64_t width = attribute_of(api, *context, "N");
-        infer_last(api, *context, kX, kY, "x", [=](int64_t) { return width; });
-    });
+    return status_of(api, self(op).name, [&] { infer_linear(api, *context); });
 }
 
 }  // namespace
@@ -109,11 +88,10 @@ Int4Op int4_op(const Api& api, const char* name, int64_t matrices) {
     op.name = name;
     op.matrices = matrices;
     set_defaults(op);
+    set_linear_output(op);
     op.GetName = [](const CustomOp* of) { return self(of).name; };
     op.GetInputType = [](const CustomOp*, size_t i) { return i == kX ? ElementType::float32 : ElementType::uint8; };
     op.GetInputTypeCount = [](const CustomOp*) -> size_t { return 2; };
-    op.GetOutputType = [](const CustomOp*, size_t) { return ElementType::float32; };
-    op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
     op.KernelDestroy = [](void* kernel) { delete static_cast<Int4Kernel*>(kernel); };
     op.CreateKernelV2 = create;
     op.KernelComputeV2 = compute;

@@ -1,10 +1,12 @@
 #include "ort/register.h"
 
 #include <cstdio>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "ort/attention_op.h"
 #include "ort/int4_ops.h"
+#include "ort/int8_ops.h"
 #include "ort/ort_call.h"
 #include "ort/self_test.h"
 
@@ -14,15 +16,22 @@ namespace {
 // Sessions hold pointers to a domain and its operators, so there is one of each, for as long as the process lives.
 struct Domain {
     Int4Op linear, gate_up;
+    Int8Op int8_linear, int8_gelu, int8_add;
     AttentionOp attention;
     CustomOpDomain* domain = nullptr;
 
     explicit Domain(const Api& api)
-        : linear(int4_op(api, "Int4Linear", 1)), gate_up(int4_op(api, "Int4GateUp", 2)), attention(attention_op(api)) {
+        : linear(int4_op(api, "Int4Linear", 1)),
+          gate_up(int4_op(api, "Int4GateUp", 2)),
+          int8_linear(int8_op(api, "Int8Linear", Int8After::nothing)),
+          int8_gelu(int8_op(api, "Int8LinearGelu", Int8After::gelu)),
+          int8_add(int8_op(api, "Int8LinearAdd", Int8After::add)),
+          attention(attention_op(api)) {
         require(CreateCustomOpDomain::call(api, "biomedgpt", &domain));
-        require(CustomOpDomainAdd::call(api, domain, &linear));
-        require(CustomOpDomainAdd::call(api, domain, &gate_up));
-        require(CustomOpDomainAdd::call(api, domain, &attention));
+        for (const CustomOp* op : std::initializer_list<const CustomOp*>{&linear, &gate_up, &int8_linear, &int8_gelu,
+                                                                         &int8_add, &attention}) {
+            require(CustomOpDomainAdd::call(api, domain, op));
+        }
     }
 };
 
@@ -45,6 +54,7 @@ extern "C" biomedgpt::ort::Status* RegisterCustomOps(biomedgpt::ort::SessionOpti
     return status_of(*api, "biomedgpt", [&] {
         static const Domain domain = [&] {
             biomedgpt::require_correct_int4();
+            biomedgpt::require_correct_int8();
             biomedgpt::require_correct_attention();
             return Domain(*api);
         }();

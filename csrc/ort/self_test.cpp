@@ -6,6 +6,7 @@
 
 #include "attention/attention.h"
 #include "int4/int4.h"
+#include "int8/int8.h"
 
 namespace biomedgpt {
 namespace {
@@ -13,15 +14,16 @@ namespace {
 constexpr Int4Shape kShape{40, 96, 32};
 constexpr int64_t kRows = 17;  // enough for values to be unpacked, and for a tile that is not full
 
-// Integers that quantize to themselves: one of each group is 127.
-int activation(int64_t row, int64_t column) {
-    return column % kShape.group == 5 ? 127 : static_cast<int>((row * 31 + column * 17) % 255) - 127;
+// Integers that quantize to themselves: one of each group that shares a scale is 127.
+int activation(int64_t row, int64_t column, int64_t group) {
+    return column % group == 5 ? 127 : static_cast<int>((row * 31 + column * 17) % 255) - 127;
 }
 
 int weight(int64_t row, int64_t column) {
     return static_cast<int>((row * 7 + column * 3 + column / 16) % 16) - kInt4ZeroPoint;
 }
 
+static_assert(kInt8RecordAlignment == kInt4RecordAlignment);
 struct alignas(kInt4RecordAlignment) Line {
     uint8_t bytes[kInt4RecordAlignment];
 };
@@ -48,7 +50,7 @@ void require_correct_int4() {
     std::vector<float> x, y(static_cast<size_t>(kRows * kShape.rows));
     for (int64_t row = 0; row < kRows; ++row) {
         for (int64_t column = 0; column < kShape.columns; ++column) {
-            x.push_back(static_cast<float>(activation(row, column)));
+            x.push_back(static_cast<float>(activation(row, column, kShape.group)));
         }
     }
     for (const int64_t rows : {int64_t{1}, kRows}) {
@@ -56,7 +58,7 @@ void require_correct_int4() {
         for (int64_t i = 0; i < rows * kShape.rows; ++i) {
             int expected = 0;
             for (int64_t k = 0; k < kShape.columns; ++k) {
-                expected += activation(i / kShape.rows, k) * weight(i % kShape.rows, k);
+                expected += activation(i / kShape.rows, k, kShape.group) * weight(i % kShape.rows, k);
             }
             if (y[static_cast<size_t>(i)] != static_cast<float>(expected)) {
                 throw std::runtime_error("the self-test of int4 path \"" + std::string(int4_paths().front()) +
@@ -66,16 +68,46 @@ void require_correct_int4() {
     }
 }
 
+void require_correct_int8() {
+    constexpr Int8Shape shape{40, 100};
+    constexpr int64_t kCount = 21;  // more than a tile, and one that is not full
+    const auto weight = [](int64_t row, int64_t column) {
+        return static_cast<int>((row * 7 + column * 3) % 255) - 127;
+    };
+    std::vector<int8_t> values;
+    std::vector<float> x, y(static_cast<size_t>(kCount * shape.rows));
+    for (int64_t i = 0; i < shape.rows * shape.columns; ++i) {
+        values.push_back(static_cast<int8_t>(weight(i / shape.columns, i % shape.columns)));
+    }
+    for (int64_t i = 0; i < kCount * shape.columns; ++i) {
+        x.push_back(static_cast<float>(activation(i / shape.columns, i % shape.columns, shape.columns)));
+    }
+    const std::vector<float> ones(static_cast<size_t>(shape.rows), 1.0f);
+    std::vector<Line> lines(static_cast<size_t>(shape.bytes() / kInt8RecordAlignment));
+    int8_pack(shape, {values.data(), ones.data(), ones.data()}, lines[0].bytes);
+    Int8Args args;
+    args.x = x.data();
+    args.y = y.data();
+    args.rows = kCount;
+    args.weights = {shape, lines[0].bytes, shape.bytes()};
+    int8_linear(args);
+    for (int64_t i = 0; i < kCount * shape.rows; ++i) {
+        int expected = 1;
+        for (int64_t k = 0; k < shape.columns; ++k) {
+            expected += activation(i / shape.rows, k, shape.columns) * weight(i % shape.rows, k);
+        }
+        if (y[static_cast<size_t>(i)] != static_cast<float>(expected)) {
+            throw std::runtime_error("the self-test of int8 path \"" + std::string(int8_paths().front()) +
+                                     "\" gives a wrong product on this processor.");
+        }
+    }
+}
+
 namespace {
 
 constexpr int64_t kHeads = 2, kHeadSize = 32, kWidth = (kHeads + 2) * kHeadSize;
 // Beyond the first tile of positions; the last one is a step of its own.
 constexpr int64_t kPositions = 140;
-
-// Integers that quantize to themselves, as above.
-int value(int64_t position, int64_t element) {
-    return element == 5 ? 127 : static_cast<int>((position * 31 + element * 17) % 255) - 127;
-}
 
 // The element in which a query is large: it attends to the positions whose keys are 1 there, which are those of the
 // same remainder, and to all of them alike.
@@ -93,7 +125,7 @@ std::vector<float> queries_keys_values() {
         for (int64_t head = 0; head < kHeads; ++head) row[head * kHeadSize + wanted(position, head)] = 1000.0f;
         row[kHeads * kHeadSize + position % kHeadSize] = 1.0f;
         for (int64_t i = 0; i < kHeadSize; ++i) {
-            row[(kHeads + 1) * kHeadSize + i] = static_cast<float>(value(position, i));
+            row[(kHeads + 1) * kHeadSize + i] = static_cast<float>(activation(position, i, kHeadSize));
         }
     }
     return qkv;
@@ -101,7 +133,9 @@ std::vector<float> queries_keys_values() {
 
 float expected(int64_t position, int64_t head, int64_t element) {
     int sum = 0, count = 0;
-    for (int64_t i = wanted(position, head); i <= position; i += kHeadSize, ++count) sum += value(i, element);
+    for (int64_t i = wanted(position, head); i <= position; i += kHeadSize, ++count) {
+        sum += activation(i, element, kHeadSize);
+    }
     return static_cast<float>(sum) / static_cast<float>(count);
 }
 

@@ -3,8 +3,9 @@
 
 namespace biomedgpt {
 
-// Throws std::runtime_error, with the path's name, where a product is wrong.
+// Throw std::runtime_error, with the path's name, where a product is wrong.
 void require_correct_int4();
+void require_correct_int8();
 
 // Likewise where attention over any element type of the cache gives something else than what is known.
 void require_correct_attention();

@@ -1,8 +1,11 @@
 // Tensors and attributes of an operator's node, as operators here need them.
 #pragma once
 
+#include <algorithm>
 #include <climits>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 
 #include "common/parallel_for.h"
@@ -23,6 +26,24 @@ struct Shape {
             throw ArgumentError(name, std::to_string(rank) + " dimensions", "at most " + std::to_string(kMaxRank));
         }
         require(GetDimensions::call(api, &info, dims, rank));
+    }
+
+    // The product of all dimensions but the last. Where one is 0, nothing bounds the product of the others.
+    int64_t rows() const {
+        const int64_t* last = dims + rank - 1;
+        const bool empty = std::find(dims, last, 0) != last;
+        return empty ? 0 : std::accumulate(dims, last, int64_t{1}, std::multiplies<>());
+    }
+
+    // With another last dimension.
+    Shape with_width(int64_t width) const {
+        Shape changed = *this;
+        changed.dims[rank - 1] = width;
+        return changed;
+    }
+
+    bool operator==(const Shape& other) const {
+        return std::equal(dims, dims + rank, other.dims, other.dims + other.rank);
     }
 
     std::string text() const {
@@ -52,6 +73,16 @@ inline int64_t attribute_of(const Api& api, const KernelInfo& info, const char* 
     return value;
 }
 
+inline const Value& initializer_of(const Api& api, const KernelInfo& info, size_t index, const char* name) {
+    int constant = 0;
+    const Value* value = nullptr;
+    require(KernelInfoGetConstantInputTensor::call(api, &info, index, &constant, &value));
+    if (constant == 0 || value == nullptr) {
+        throw ArgumentError(name, "an input that may change", "an initializer that nothing overrides");
+    }
+    return *value;
+}
+
 inline const Value& input_of(const Api& api, const KernelContext& context, size_t index) {
     const Value* value = nullptr;
     require(KernelContextGetInput::call(api, &context, index, &value));
@@ -62,6 +93,23 @@ inline Value& output_of(const Api& api, KernelContext& context, size_t index, co
     Value* value = nullptr;
     require(KernelContextGetOutput::call(api, &context, index, shape.dims, shape.rank, &value));
     return *value;
+}
+
+// The rows that a linear layer multiplies, of a width.
+inline Shape shape_of_rows(const Api& api, const Value& x, int64_t width) {
+    Shape shape = shape_of(api, x, "x");
+    if (shape.rank == 0 || shape.dims[shape.rank - 1] != width) {
+        throw ArgumentError("x", "float32 " + shape.text(), "float32 [..., " + std::to_string(width) + "]");
+    }
+    return shape;
+}
+
+// An initializer must stay where it was when its kernel was made.
+inline void require_same_memory(const Api& api, const KernelContext& context, size_t index, const char* name,
+                                const void* data) {
+    if (data_of(api, input_of(api, context, index)) != data) {
+        throw ArgumentError(name, "other memory than when the session was made", "the same initializer");
+    }
 }
 
 // An integer attribute of the node whose shapes are inferred.
@@ -88,11 +136,27 @@ void infer_last(const Api& api, ShapeInferContext& context, size_t input, size_t
     require(ShapeInferContextSetOutputTypeShape::call(api, &context, output, info));
 }
 
+// Of a linear layer, the first input and the only output, float32. The attribute N is the width of y.
+constexpr size_t kX = 0, kY = 0;
+
+inline void infer_linear(const Api& api, ShapeInferContext& context) {
+    const int64_t width = attribute_of(api, context, "N");
+    infer_last(api, context, kX, kY, "x", [=](int64_t) { return width; });
+}
+
+inline void set_linear_output(CustomOp& op) {
+    op.GetOutputType = [](const CustomOp*, size_t) { return ElementType::float32; };
+    op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+}
+
 // ONNX Runtime's own threads: a second pool beside them would fight them for the processors.
 struct Pool {
     const Api& api;
     const KernelContext& context;
 
+    ParallelFor parallel_for() { return {run, this}; }
+
+  private:
     static void run(void* pool, size_t count, ParallelFor::Round round, void* state) {
         const Pool& self = *static_cast<Pool*>(pool);
         constexpr size_t kNoBatches = 0;

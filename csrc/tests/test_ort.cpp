@@ -82,3 +82,7 @@ TEST(ort_is_refused_when_another_copy_of_it_came_first) {
 TEST(int4_passes_its_self_test) {
     require_correct_int4();
 }
+
+TEST(int8_passes_its_self_test) {
+    require_correct_int8();
+}

@@ -22,7 +22,7 @@ from .estimate import Estimate, Subject
 from .families.base import LLM, PROTEIN, Source
 from .graphs.linear import GraphPrecision, HeadPrecision
 from .graphs.matrices import HEAD, esm_matrices, llama_matrices
-from .graphs.records import records_bytes
+from .graphs.records import int8_records_bytes, records_bytes
 from .options import ExportOptions
 from .plan import Part, Plan, plan
 from .quantize import int8_groups
@@ -273,9 +273,15 @@ class Choices:
         if head:
             parts.append(Part(HEAD, head, LLM, "int8", int8_groups.stored_bytes))
         if esm is not None:
-            matrices = esm_matrices(esm).values()
             parts.append(
-                Part(PROTEIN_PART, matrices, PROTEIN, options.protein_precision, group_size=options.group_size)
+                Part(
+                    PROTEIN_PART,
+                    esm_matrices(esm).values(),
+                    PROTEIN,
+                    options.protein_precision,
+                    int8_records_bytes if options.protein_in_records else None,
+                    group_size=options.group_size,
+                )
             )
         value = 4 if options.precision == "fp32" else 2
         widths = (0 if gin is None else gin.width) + (0 if esm is None else esm.hidden_size)
@@ -285,6 +291,7 @@ class Choices:
         }
         # Records are made from the portable graph, and turned back for the parity runs.
         twice = [DECODER_PART, HEAD] if options.in_records else []
+        twice += [PROTEIN_PART] if options.protein_in_records else []
         return plan(parts, tensors, self.source.checkpoint, [*self.gptq_parts, *twice])
 
     def estimate(self, planned: Plan) -> Estimate:

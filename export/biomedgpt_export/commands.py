@@ -28,7 +28,9 @@ from .quantize.int4 import GROUP_SIZES
 from .relayout import relayout
 from .synthesize import SCALES, synthesize
 
-_LAYOUT_HELP = "of a decoder in int4: records for our own operators, portable for those of ONNX Runtime alone"
+_LAYOUT_HELP = (
+    "of a decoder in int4 and of a protein encoder in int8: records for our own operators, portable for ONNX Runtime's"
+)
 
 
 def run(arguments: Sequence[str] | None) -> int:

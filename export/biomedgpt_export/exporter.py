@@ -51,6 +51,7 @@ from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.int4_ops import write_portable
+from .graphs.int8_ops import write_with_int8_ops
 from .graphs.linear import Linears
 from .layouts import write_in_records
 from .memory import available_memory
@@ -282,14 +283,6 @@ class _Export:
             self.report("molecule encoder")
             with self._graph(MOLECULE_ENCODER) as graph:
                 build_gin(graph, gin, self._under(MOLECULE), linears)
-        if esm is not None:
-            # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten:
-            # they are used where they were asked for, and smoothed out then.
-            quantizer = self._quantizer(PROTEIN_PART, journal)
-            linears = written[PROTEIN_ENCODER] = Linears(self.options.protein_precision, quantizer, activations="fp32")
-            self.report("protein encoder")
-            with self._graph(PROTEIN_ENCODER) as graph:
-                build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
         imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
         linears = written[DECODER] = Linears(precision, quantizer, activations="int8", lm_head=self.choices.lm_head)
@@ -298,6 +291,8 @@ class _Export:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
         if name != DECODER:
             self._lay_out(self.staging / name)
+        if esm is not None:
+            written[PROTEIN_ENCODER] = self._write_protein_encoder(esm, journal)
         return written
 
     def _lay_out(self, built: Path) -> None:
@@ -311,8 +306,24 @@ class _Export:
             write_portable(built, self.staging / DECODER)
         else:
             self.report(f"decoder in records, {replaced.kept} products in another form")
-        for path in (built, built.with_suffix(DATA_SUFFIX)):
-            path.unlink()
+        _unlink_graph(built)
+
+    def _write_protein_encoder(self, esm: EsmConfig, journal: Journal | None) -> Linears:
+        """In int8, it lies in records where the decoder does."""
+        precision = self.options.protein_precision
+        # Few channels of a trained ESM-2 hold values far beyond the others, which int8 activations would flatten: they
+        # are used where they were asked for, and smoothed out then.
+        linears = Linears(precision, self._quantizer(PROTEIN_PART, journal), activations="fp32")
+        self.report("protein encoder")
+        in_records = precision == "int8" and self.portable is not None
+        name = f"built_{PROTEIN_ENCODER}" if in_records else PROTEIN_ENCODER
+        with self._graph(name) as graph:
+            build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
+        if in_records:
+            count = write_with_int8_ops(self.staging / name, self.staging / PROTEIN_ENCODER)
+            _unlink_graph(self.staging / name)
+            self.report(f"protein encoder in records, {count} linear layers")
+        return linears
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
         if journal is None or part not in self.choices.gptq_parts:
@@ -447,6 +458,11 @@ def _require_readable(manifest: Manifest) -> None:
         raise ExportError(
             "the manifest would be too large.", limit=MAX_MANIFEST_BYTES // 2, remedy="Give fewer facts with --about."
         )
+
+
+def _unlink_graph(graph: Path) -> None:
+    for path in (graph, graph.with_suffix(DATA_SUFFIX)):
+        path.unlink()
 
 
 def _protein_spec(esm: EsmConfig) -> ProteinEncoderSpec:

@@ -46,9 +46,9 @@ class ExportOptions:
         protein_encoder: precision of the protein encoder's linear layers, where it is another one.
         embeddings: precision of the token embeddings; those of fp32 bundles are fp32.
         lm_head: precision of the LM head of int4 bundles, where it is another one; int8 is rounded to nearest.
-        decoder_layout: ``records`` has the decoder's int4 matrices as our own operators read them, which need no
-            repacking when a bundle is loaded; ``portable`` has them for ONNX Runtime's. Left out, ``records`` where
-            there are matrices that these operators compute.
+        decoder_layout: ``records`` has the decoder's int4 matrices, and those of a protein encoder in int8, as our own
+            operators read them, which need no repacking when a bundle is loaded; ``portable`` has them for ONNX
+            Runtime's. Left out, ``records`` where the decoder has matrices that these operators compute.
         group_size: of the matrices that are quantized to int4; left out, for each the largest that divides its width.
         name: what the bundle calls itself; left out, the family's title.
         about: free-form facts about the model for its manifest (training data, scores).
@@ -93,6 +93,11 @@ class ExportOptions:
     def in_records(self) -> bool:
         """Whether the decoder's int4 matrices are to lie in records."""
         return self.decoder_layout == "records" or (self.decoder_layout is None and self.precision == "int4")
+
+    @property
+    def protein_in_records(self) -> bool:
+        """Whether a protein encoder's matrices are to lie in records, too."""
+        return self.in_records and self.protein_precision == "int8"
 
     @property
     def work_folder(self) -> Path:

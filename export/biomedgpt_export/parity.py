@@ -26,13 +26,14 @@ from biomedgpt_edge.decoder.kv_cache import KeyValues, KvLayout
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.engine import Engine, PreparedPrompt
 from biomedgpt_edge.manifest import PORTABLE, FileEntry
-from biomedgpt_edge.onnx_header import INT4_DOMAIN
+from biomedgpt_edge.onnx_header import INT4_MATRICES, INT8_INPUTS
 from biomedgpt_edge.prompt import MoleculeSegment, ProteinSegment, TokenSegment
 from biomedgpt_edge.protein_tokens import residue_ids
 
 from .errors import ParityError
 from .families.base import LLM, MOLECULE, PROTEIN, Configs
 from .graphs.int4_ops import write_portable
+from .graphs.int8_ops import write_portable_int8
 from .graphs.linear import ACCURACY_LEVELS
 from .source_modules import SourceEsm, SourceGin, SourceLlama, Weights
 from .stored_model import ROUNDING_TOLERANCE, Chosen, StoredModel, folded
@@ -240,7 +241,7 @@ def _with_head(weights: Weights) -> Weights:
 class _ExactArithmetic:
     """A view of the bundle whose int4 and int8 layers compute in float32 instead of quantizing activations to int8.
 
-    It lives in copies of the graph files beside the originals, since that is where their weights are found; a decoder
+    It lives in copies of the graph files beside the originals, since that is where their weights are found; a graph
     in records is turned back into a portable one, since its operators have no other arithmetic.
     """
 
@@ -270,9 +271,10 @@ class _ExactArithmetic:
         copy = graph.with_name(f"{graph.stem}.exact.onnx")
         self._copies.append(copy)
         model = onnx.load(str(graph), load_external_data=False)
-        if any(node.domain == INT4_DOMAIN for node in model.graph.node):
+        own = {(node.domain, node.op_type) for node in model.graph.node}
+        if not own.isdisjoint(INT4_MATRICES.keys() | INT8_INPUTS.keys()):
             self._copies.append(copy.with_suffix(".data"))
-            write_portable(graph, copy)
+            (write_portable_int8 if own & INT8_INPUTS.keys() else write_portable)(graph, copy)
             model = onnx.load(str(copy), load_external_data=False)
         nodes = [exact for node in model.graph.node for exact in _exact(node)]
         del model.graph.node[:]

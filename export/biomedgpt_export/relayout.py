@@ -1,4 +1,4 @@
-"""The same bundle with its decoder in another layout, without the checkpoint."""
+"""The same bundle with its decoder and an int8 protein encoder in another layout, without the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.manifest import DATA_SUFFIX, DecoderSpec, Manifest
+from biomedgpt_edge.manifest import DecoderSpec, FileEntry, Manifest, ProteinEncoderSpec
 from biomedgpt_edge.onnx_header import read_header
 
-from .bundle_writer import BundleWriter, file_entry
+from .bundle_writer import BundleWriter
 from .choices import Report
 from .errors import ExportError
-from .exporter import DECODER
+from .exporter import DECODER, PROTEIN_ENCODER
 from .graphs.int4_ops import write_portable
+from .graphs.int8_ops import has_int8_products, write_portable_int8, write_with_int8_ops
 from .layouts import write_in_records
 from .options import DECODER_LAYOUTS, DecoderLayout
 from .plan import Plan
@@ -23,7 +24,8 @@ from .plan import Plan
 def relayout(source: Path, out: Path, layout: DecoderLayout, report: Report) -> Manifest:
     """Writes the bundle ``source`` to ``out`` with its decoder in ``layout``; matrices stay what they are, bit for bit.
 
-    The parity report stays, and names the bundle that it was measured on.
+    A protein encoder in int8 goes with the decoder: what is in records needs our operators, what is portable none of
+    them. The parity report stays, and names the bundle that it was measured on.
 
     Raises:
         BundleError: ``source`` cannot be opened, or a hash differs.
@@ -45,25 +47,20 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
     old = bundle.manifest
     # Hardly a byte more or less than it has now.
     Plan({"bundle": sum(entry.size for entry in old.files)}, 0).require_space(out.absolute().parent)
-    replaced = _files_of(bundle, old.decoder)
-    kept = [entry for entry in old.files if entry.path not in replaced]
     with BundleWriter(out) as writer:
+        report(f"writing the decoder in {layout}")
+        decoder = _write_decoder(bundle, layout, writer.staging / DECODER)
+        encoder = _write_encoder(bundle, layout, writer.staging / PROTEIN_ENCODER)
+        written = writer.entries(report)
+        kept = _kept(bundle, encoder)
         for entry in kept:
             (writer.staging / entry.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / entry.path, writer.staging / entry.path)
-        graph = writer.staging / DECODER
-        report(f"writing the decoder in {layout}")
-        written, portable = [graph, graph.with_suffix(DATA_SUFFIX)], None
-        if layout == "records":
-            _, portable = write_in_records(bundle.file(old.decoder.graph), graph)
-            written.append(graph.with_name(portable.graph))
-        else:
-            write_portable(bundle.file(old.decoder.graph), graph)
-        files = [*kept, *(file_entry(path, path.name) for path in written)]
         manifest = replace(
             old,
-            decoder=replace(old.decoder, graph=graph.name, layout=DECODER_LAYOUTS[layout], portable=portable),
-            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            decoder=decoder,
+            protein_encoder=encoder,
+            files=tuple(sorted([*kept, *written], key=lambda entry: entry.path)),
             parity={"measured_on": {"bundle": bundle.digest, "layout": old.decoder.layout}} | old.parity,
         )
         Bundle(writer.staging, manifest, digest="").check()
@@ -72,8 +69,37 @@ def _relayout(bundle: Bundle, out: Path, layout: DecoderLayout, report: Report) 
     return manifest
 
 
-def _files_of(bundle: Bundle, decoder: DecoderSpec) -> set[str]:
-    """Files of graphs and those that hold their weights."""
-    folder, tensors = PurePosixPath(decoder.graph).parent, read_header(bundle.file(decoder.graph)).tensors
-    graphs = {decoder.graph} if decoder.portable is None else {decoder.graph, decoder.portable.graph}
-    return graphs | {str(folder / tensor.location) for tensor in tensors}
+def _write_decoder(bundle: Bundle, layout: DecoderLayout, target: Path) -> DecoderSpec:
+    old, portable = bundle.manifest.decoder, None
+    if layout == "records":
+        _, portable = write_in_records(bundle.file(old.graph), target)
+    else:
+        write_portable(bundle.file(old.graph), target)
+    return replace(old, graph=target.name, layout=DECODER_LAYOUTS[layout], portable=portable)
+
+
+def _write_encoder(bundle: Bundle, layout: DecoderLayout, target: Path) -> ProteinEncoderSpec | None:
+    """The protein encoder's specification, which is the old one where its graph stays as it is."""
+    old = bundle.manifest.protein_encoder
+    if old is None or not has_int8_products(bundle.file(old.graph)):
+        return old
+    write = write_with_int8_ops if layout == "records" else write_portable_int8
+    write(bundle.file(old.graph), target)
+    return replace(old, graph=target.name)
+
+
+def _kept(bundle: Bundle, encoder: ProteinEncoderSpec | None) -> list[FileEntry]:
+    """The files that are not those of a graph that was written again."""
+    old = bundle.manifest
+    gone = _files_of(bundle, old.decoder.graph)
+    if old.decoder.portable is not None:
+        gone.add(old.decoder.portable.graph)
+    if old.protein_encoder is not None and encoder is not old.protein_encoder:
+        gone |= _files_of(bundle, old.protein_encoder.graph)
+    return [entry for entry in old.files if entry.path not in gone]
+
+
+def _files_of(bundle: Bundle, graph: str) -> set[str]:
+    """A graph's file and those that hold its weights."""
+    folder = PurePosixPath(graph).parent
+    return {graph, *(str(folder / tensor.location) for tensor in read_header(bundle.file(graph)).tensors)}

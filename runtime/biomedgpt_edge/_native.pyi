@@ -64,6 +64,28 @@ def int4_quantize(
 
 # Best first.
 def int4_paths() -> list[str]: ...
+
+# (panels, bytes of a panel)
+def int8_records_shape(rows: int, columns: int) -> tuple[int, int]: ...
+
+# records: uint8 [panels, bytes of a panel]; values: int8 [N, K]; scales and biases: float32 [N].
+def int8_pack(records: _Array, values: _Array, scales: _Array, biases: _Array) -> None: ...
+def int8_unpack(values: _Array, scales: _Array, biases: _Array, records: _Array) -> None: ...
+
+# y and residual: float32 [rows, N]; x: float32 [rows, K]; records aligned to 64 bytes.
+def int8_linear(
+    y: _Array,
+    x: _Array,
+    records: _Array,
+    residual: _Array | None = None,
+    gelu: bool = False,
+    threads: int = 1,
+    path: str = "auto",
+) -> None: ...
+def int8_quantize(values: _Array, scales: _Array, x: _Array, path: str = "auto") -> None: ...
+
+# Best first.
+def int8_paths() -> list[str]: ...
 def cpu_features() -> dict[str, bool]: ...
 
 # Ways to read memory; ``read_memory`` reads ``words`` once, in the calling thread, and returns their exclusive or.

@@ -32,7 +32,14 @@ from .manifest import (
     PortableGraph,
     parse_manifest,
 )
-from .onnx_header import OPERATORS, RECORDS_OPERATORS, ExternalTensor, Header, read_header
+from .onnx_header import (
+    DECODER_RECORDS_OPERATORS,
+    OPERATORS,
+    PROTEIN_RECORDS_OPERATORS,
+    ExternalTensor,
+    Header,
+    read_header,
+)
 from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
@@ -182,16 +189,18 @@ class Bundle:
 
     def _check_graphs(self) -> None:
         """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
-        decoder = self.manifest.decoder
-        if decoder.layout == RECORDS:
-            _check_rotations(self._check_graph(decoder.graph, OPERATORS | RECORDS_OPERATORS), decoder)
-        else:
-            self._check_graph(decoder.graph, OPERATORS)
+        manifest, decoder = self.manifest, self.manifest.decoder
+        records = decoder.layout == RECORDS
+        header = self._check_graph(decoder.graph, OPERATORS.union(DECODER_RECORDS_OPERATORS if records else ()))
+        if records:
+            _check_rotations(header, decoder)
         if decoder.portable is not None:
             self._check_portable(decoder.portable)
-        for spec in (self.manifest.molecule_encoder, self.manifest.protein_encoder):
-            if spec is not None:
-                self._check_graph(spec.graph, OPERATORS)
+        if manifest.molecule_encoder is not None:
+            self._check_graph(manifest.molecule_encoder.graph, OPERATORS)
+        if manifest.protein_encoder is not None:
+            own = PROTEIN_RECORDS_OPERATORS if records else ()
+            self._check_graph(manifest.protein_encoder.graph, OPERATORS.union(own))
 
     def _check_portable(self, portable: PortableGraph) -> None:
         """Its tensors lie in the file that is derived for it, and nowhere in the bundle."""

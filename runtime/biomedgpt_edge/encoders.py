@@ -11,6 +11,8 @@ import onnxruntime as ort
 from .bundle import Bundle
 from .errors import MissingModalityError
 from .inputs import Molecule, Protein
+from .int4_ops import register_int4_ops
+from .manifest import RECORDS
 from .molecule_graph import BOND_DIRECTIONS, BOND_TYPES, dense
 from .ort_session import open_session, running
 from .protein_tokens import residue_ids
@@ -96,6 +98,7 @@ class Encoders:
 
     def _protein_session(self) -> ort.InferenceSession:
         spec = self._bundle.manifest.protein_encoder
+        records = self._bundle.manifest.decoder.layout == RECORDS
         with self._lock:
             if self._protein is None and spec is not None:
                 self._protein = open_session(
@@ -104,5 +107,6 @@ class Encoders:
                     spinning=False,  # the projection comes next, with threads of its own
                     inputs={"residue_ids": ("tensor(int64)", [1, None])},
                     outputs={"residue_features": ("tensor(float)", [1, None, spec.width])},
+                    register=register_int4_ops if records else None,
                 )
             return self._protein

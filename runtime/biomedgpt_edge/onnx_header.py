@@ -45,12 +45,19 @@ OPERATORS = frozenset(
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     }
 )
-# Those of csrc/ort, for decoders in records alone, and how many matrices the records of each product hold.
+# Those of csrc/ort, for bundles in records alone: of decoders, with how many matrices the records of each product hold,
+# and of protein encoders, with how many inputs each has.
 INT4_DOMAIN = "biomedgpt"
 ATTENTION = (INT4_DOMAIN, "CausalAttention")
 INT4_MATRICES = {(INT4_DOMAIN, "Int4Linear"): 1, (INT4_DOMAIN, "Int4GateUp"): 2}
-RECORDS_OPERATORS = frozenset({*INT4_MATRICES, ATTENTION})
-_PRODUCTS, _CAST = {("com.microsoft", "MatMulNBits"), *INT4_MATRICES}, ("", "Cast")
+INT8_INPUTS = {
+    (INT4_DOMAIN, "Int8Linear"): 2,
+    (INT4_DOMAIN, "Int8LinearGelu"): 2,
+    (INT4_DOMAIN, "Int8LinearAdd"): 3,
+}
+DECODER_RECORDS_OPERATORS = frozenset({*INT4_MATRICES, ATTENTION})
+PROTEIN_RECORDS_OPERATORS = frozenset(INT8_INPUTS)
+_PRODUCTS, _CAST = {("com.microsoft", "MatMulNBits"), *INT4_MATRICES, *INT8_INPUTS}, ("", "Cast")
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3
 _DIMENSION, _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 8, 13, 14, 1
@@ -70,7 +77,7 @@ class ExternalTensor:
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMulNBits, Int4Linear or Int4GateUp: the names of its inputs, and its attributes that are numbers."""
+    """A MatMulNBits or a product of csrc/ort: the names of its inputs, and its attributes that are numbers."""
 
     operator: tuple[str, str]
     inputs: tuple[str, ...]

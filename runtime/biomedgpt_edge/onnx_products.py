@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from . import _native
 from .errors import KernelArgumentError
-from .onnx_header import INT4_MATRICES, Header, Product
+from .onnx_header import INT4_MATRICES, INT8_INPUTS, Header, Product
 
 # Those of int4 and int8, in the groups of our own exports, and in those of records.
 BITS, GROUP_SIZES = (4, 8), (16, 32, 64, 128)
@@ -17,8 +17,12 @@ RECORDS_GROUP_SIZES = (32, 64, 128)
 def contradictions(header: Header) -> Iterator[str]:
     """What is wrong with each product whose attributes and tensors contradict each other."""
     for product in header.products:
-        matrices = INT4_MATRICES.get(product.operator)
-        wrong = _contradiction(header, product) if matrices is None else _of_records(header, product, matrices)
+        if product.operator in INT4_MATRICES:
+            wrong = _of_records(header, product, INT4_MATRICES[product.operator])
+        elif product.operator in INT8_INPUTS:
+            wrong = _of_int8_records(header, product, INT8_INPUTS[product.operator])
+        else:
+            wrong = _contradiction(header, product)
         if wrong:
             yield wrong
 
@@ -56,3 +60,15 @@ def _of_records(header: Header, product: Product, matrices: int) -> str:
     declared = [(matrices * panels, groups, size) for panels, groups, size in shapes]
     found = header.shapes.get(records)
     return "" if found in declared else f"{records} is {found}, and one of {declared} is declared"
+
+
+def _of_int8_records(header: Header, product: Product, inputs: int) -> str:
+    if len(product.inputs) != inputs:
+        return f"{product.operator[1]} has {len(product.inputs)} inputs, and needs {inputs}"
+    rows, columns, records = product.attributes.get("N", 0), product.attributes.get("K", 0), product.inputs[1]
+    try:
+        declared = _native.int8_records_shape(rows, columns)
+    except KernelArgumentError:
+        return f"{records} has {rows} x {columns} values"
+    found = header.shapes.get(records)
+    return "" if found == declared else f"{records} is {found}, and {declared} is declared"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,17 +18,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from biomedgpt_edge import Molecule
+from biomedgpt_edge import Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.encoders import Encoders
 from biomedgpt_edge.engine import DEMO_BUNDLE, Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
 from biomedgpt_edge.onnx_header import (
+    DECODER_RECORDS_OPERATORS,
     INT4_MATRICES,
+    INT8_INPUTS,
     MAX_GRAPH_BYTES,
     MAX_REFERENCES,
     OPERATORS,
-    RECORDS_OPERATORS,
+    PROTEIN_RECORDS_OPERATORS,
     ExternalTensor,
     read_header,
 )
@@ -568,8 +571,6 @@ def test_a_foreign_graph_is_refused_with_the_names_that_do_not_fit(bundle_copy: 
 
 
 def use_everything(path: Path) -> None:
-    from biomedgpt_edge import Protein
-
     with Engine.load(path, threads=1, verify="sizes") as engine:
         engine.prepare("?", Molecule.from_smiles("CCO"), Protein.from_sequence("MKT"))
 
@@ -767,17 +768,19 @@ def test_bundles_of_every_precision_declare_what_they_hold(
 
 
 def test_every_operator_that_bundles_may_use_is_used_by_one(
-    tiny_bundles: Callable[[str], Path], tiny_checkpoint: Path, tmp_path: Path
+    tiny_bundles: Callable[[str], Path], records_int8: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     layout = Layout.locate(tiny_checkpoint)
     export_bundle(ExportOptions(layout, tmp_path / "int8", "fp16", protein_encoder="int8", proof="none"), print)
-    used = {
-        operator
-        for bundle in (tiny_bundles("fp32"), tiny_bundles("int4"), tmp_path / "int8")
-        for graph in bundle.glob("*.onnx")
-        for operator in read_header(graph).operators
-    }
-    assert used == OPERATORS | RECORDS_OPERATORS
+    bundles = tiny_bundles("fp32"), tiny_bundles("int4"), tmp_path / "int8", records_int8
+
+    def used(pattern: str) -> set[tuple[str, str]]:
+        graphs = (graph for bundle in bundles for graph in bundle.glob(pattern))
+        return {operator for graph in graphs for operator in read_header(graph).operators}
+
+    assert used("*.onnx") == OPERATORS | DECODER_RECORDS_OPERATORS | PROTEIN_RECORDS_OPERATORS
+    assert used("decoder*.onnx") - OPERATORS == DECODER_RECORDS_OPERATORS
+    assert used("protein_encoder*.onnx") - OPERATORS == PROTEIN_RECORDS_OPERATORS
 
 
 # --- a decoder in records ---------------------------------------------------------------------------------------------
@@ -970,6 +973,100 @@ def test_no_other_graph_may_use_them_in_any_bundle(bundle_copy: Path, name: str)
     install(bundle_copy, model(external(location=location), nodes=(node,)), name)
     with pytest.raises(BundleCorruptError, match=rf"{name} uses operators .* 'biomedgpt\.Int4Linear'"):
         Bundle.open(bundle_copy)
+
+
+# --- a protein encoder in records -------------------------------------------------------------------------------------
+
+INNER, OUTER = (f"layers.0.{name}.records_int8" for name in ("intermediate", "output"))
+
+
+@pytest.fixture(scope="module")
+def records_int8(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in records whose protein encoder is int8; to be read only."""
+    out = tmp_path_factory.mktemp("records_int8") / "bundle"
+    chosen = {"quantizer": "rtn", "protein_encoder": "int8", "decoder_layout": "records", "proof": "none"}
+    export_bundle(ExportOptions(Layout.locate(tiny_checkpoint), out, **chosen), print)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.fixture
+def records_int8_copy(records_int8: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(records_int8, tmp_path / "records_int8"))
+
+
+def change_encoder(bundle: Path, change: Change) -> None:
+    graph = onnx.load(str(bundle / "protein_encoder.onnx"), load_external_data=False)
+    change(graph.graph)
+    install(bundle, graph, "protein_encoder.onnx")
+
+
+def without_residual(graph: GraphProto) -> None:
+    del operator_of(graph, OUTER).input[2]
+
+
+def with_a_residual(graph: GraphProto) -> None:
+    operator_of(graph, INNER).input.append("residue_ids")
+
+
+def with_records_of_another(graph: GraphProto) -> None:
+    operator_of(graph, INNER).input[1] = OUTER
+
+
+def one_byte_less(graph: GraphProto) -> None:
+    next(tensor for tensor in graph.initializer if tensor.name == INNER).dims[1] -= 1
+
+
+def one_panel_less(graph: GraphProto) -> None:
+    next(tensor for tensor in graph.initializer if tensor.name == INNER).dims[0] -= 1
+
+
+def test_an_encoder_in_records_declares_what_it_holds(records_int8: Path) -> None:
+    header = read_header(records_int8 / "protein_encoder.onnx")
+    assert {product.operator for product in header.products} == INT8_INPUTS.keys()
+    assert not list(contradictions(header))
+    Bundle.open(records_int8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(declare("layers.0.gelu", N=rows) for rows in (0, -1, 10**9, 2**62)),
+        *(declare("layers.0.gelu", K=columns) for columns in (0, -1, 10**9, 2**62)),
+        as_operator(INNER, "Int8LinearAdd"),
+        as_operator(OUTER, "Int8Linear"),
+        without_residual,
+        with_a_residual,
+        with_records_of_another,
+        one_byte_less,
+        one_panel_less,
+    ],
+)
+def test_an_encoder_in_records_of_another_size_than_declared_is_refused(
+    records_int8_copy: Path, change: Change
+) -> None:
+    change_encoder(records_int8_copy, change)
+    with pytest.raises(BundleCorruptError, match=r"protein_encoder\.onnx contradicts itself"):
+        Bundle.open(records_int8_copy)
+
+
+@pytest.mark.parametrize("change", [places(INNER, offset=-1), places(INNER, offset=-32), places(INNER, length=-1)])
+def test_an_encoder_whose_records_cannot_be_used_where_they_lie_is_refused_when_it_is_opened(
+    records_int8_copy: Path, change: Change
+) -> None:
+    change_encoder(records_int8_copy, change)
+    with (
+        Engine.load(records_int8_copy, threads=1, verify="sizes") as engine,
+        pytest.raises(BundleCorruptError, match=r"protein_encoder\.onnx"),
+    ):
+        engine.prepare("Hello", Protein.from_sequence("MAKE"))
+
+
+def test_a_portable_bundle_may_not_have_an_encoder_in_records(records_int8: Path, tmp_path: Path) -> None:
+    relayout(records_int8, tmp_path / "portable", "portable", print)
+    for name in ("protein_encoder.data", "protein_encoder.onnx"):
+        install(tmp_path / "portable", (records_int8 / name).read_bytes(), name)
+    with pytest.raises(BundleCorruptError, match=r"no bundle needs: 'biomedgpt\.Int8Linear"):
+        Bundle.open(tmp_path / "portable")
 
 
 # --- what shows only when it runs -------------------------------------------------------------------------------------

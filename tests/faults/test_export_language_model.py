@@ -33,6 +33,7 @@ from biomedgpt_export.families.base import LLM
 from biomedgpt_export.families.base import Layout as AnyLayout
 from biomedgpt_export.families.biomedgpt_lm_7b import FAMILY, Layout
 from biomedgpt_export.graphs.stored import StoredWeights
+from biomedgpt_export.layouts import PORTABLE_DECODER
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize.int8_groups import nearest_int8_groups
 from biomedgpt_export.stored_model import StoredModel
@@ -248,6 +249,7 @@ def test_what_no_operator_computes_is_portable_unless_records_are_asked_for(
 ) -> None:
     export_of_gptqmodel("v1_asymmetric", tmp_path, "--lm-head", "int8")
     assert Bundle.open(tmp_path / "bundle").manifest.decoder.layout == PORTABLE
+    assert not (tmp_path / "bundle" / PORTABLE_DECODER).exists()
     assert "decoder not in records: built_decoder.onnx has no int4 product" in capsys.readouterr().err
     with Engine.load(tmp_path / "bundle", threads=1) as engine:
         assert engine.ask("Why?", max_new_tokens=2).token_ids

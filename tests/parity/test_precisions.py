@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from biomedgpt_edge import Engine, Protein
+from biomedgpt_edge.bench.work import protein_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
+from biomedgpt_edge.encoders import Encoders
+from biomedgpt_edge.onnx_header import INT8_INPUTS, read_header
 from biomedgpt_export.cli import main
 from biomedgpt_export.errors import ExportError
 from biomedgpt_export.exporter import export_bundle, plan_bundle
@@ -21,6 +24,7 @@ from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize.int8_groups import nearest_int8_groups
 from biomedgpt_export.quantize.rtn import RoundToNearest
+from biomedgpt_export.relayout import relayout
 from support import bytes_of_linears
 
 SEQUENCE = "MAKEDTLEFPGVVKELLPNATFRVELDNGHELIAVMAGKMRKNRIRVLAGDKVQVEMTPYDLSKGRINYRFK"
@@ -49,6 +53,33 @@ def test_the_protein_encoder_has_a_precision_of_its_own(
     assert cosine > {"int4": 0.98, "int8": 0.999, "fp16": 0.99999}[protein]
     answer = Engine.load(bundle.path).ask("What is this?", Protein.from_sequence(SEQUENCE), max_new_tokens=3)
     assert answer.finish == "length"
+
+
+def test_a_protein_encoder_in_int8_lies_in_records_where_the_decoder_does(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def features(bundle: Bundle) -> Any:
+        return Encoders(bundle, threads=1).encode(Protein.from_sequence(SEQUENCE))
+
+    ours = export(tiny_checkpoint, tmp_path / "bundle", protein_encoder="int8", decoder_layout="records")
+    used = read_header(ours.path / "protein_encoder.onnx").operators
+    assert INT8_INPUTS.keys() <= used
+    assert ("com.microsoft", "DynamicQuantizeMatMul") not in used
+    chosen = ExportOptions(
+        Layout.locate(tiny_checkpoint), tmp_path / "x", protein_encoder="int8", decoder_layout="records"
+    )
+    assert plan_bundle(chosen).parts["protein_encoder"] == bytes_of_linears(ours.path / "protein_encoder.onnx")
+    spec = ours.manifest.protein_encoder
+    assert spec is not None
+    assert protein_work(ours, spec, 10).kind == "int8"
+    assert ours.manifest.parity["fidelity"]["protein"]["embeddings"] <= 1e-4
+    assert ours.manifest.parity["proof"]["cosine"]["least"] > 0.999
+    relayout(ours.path, tmp_path / "portable", "portable", lambda line: None)
+    relayout(tmp_path / "portable", tmp_path / "back", "records", lambda line: None)
+    portable, back = (Bundle.open(tmp_path / name) for name in ("portable", "back"))
+    assert not INT8_INPUTS.keys() & read_header(portable.path / "protein_encoder.onnx").operators
+    np.testing.assert_array_equal(features(back), features(ours))
+    np.testing.assert_allclose(features(portable), features(ours), atol=0.05 * np.abs(features(ours)).max())
 
 
 def test_embeddings_in_int8_are_half_as_large_and_within_half_a_step(

@@ -22,6 +22,7 @@ import torch
 import biomedgpt_edge
 from biomedgpt_edge import Protein
 from biomedgpt_edge.bundle import Bundle
+from biomedgpt_edge.int4_ops import register_int4_ops
 from biomedgpt_edge.protein_tokens import residue_ids
 from biomedgpt_export import exporter
 from biomedgpt_export.calibration import CALIBRATION, PROOF, read_examples
@@ -32,6 +33,7 @@ from biomedgpt_export.families.biomedgpt_10b import WEIGHTS, Layout
 from biomedgpt_export.graphs.builder import GraphBuilder
 from biomedgpt_export.graphs.config import EsmConfig
 from biomedgpt_export.graphs.esm import build_esm
+from biomedgpt_export.graphs.int8_ops import write_with_int8_ops
 from biomedgpt_export.graphs.linear import GraphPrecision, Linears
 from biomedgpt_export.graphs.matrices import esm_matrices, esm_norm_readers
 from biomedgpt_export.graphs.stored import StoredWeights
@@ -119,13 +121,19 @@ def features(state: State) -> torch.Tensor:
     return normed(hidden)
 
 
-def stored_features(state: State, precision: GraphPrecision) -> torch.Tensor:
-    """The same by the graph that an export writes."""
+def stored_features(state: State, precision: GraphPrecision, *, records: bool = False) -> torch.Tensor:
+    """The same by the graph that an export writes, or by that of a bundle in records."""
+    options = ort.SessionOptions()
+    register_int4_ops(options)
     with tempfile.TemporaryDirectory() as folder:
         graph = GraphBuilder(Path(folder) / "encoder.onnx")
         build_esm(graph, CONFIG, state.__getitem__, Linears(precision, RoundToNearest()), lambda line: None)
         graph.save()
-        session = ort.InferenceSession(str(graph.path), providers=["CPUExecutionProvider"])
+        path = graph.path
+        if records:
+            path = graph.path.with_name("records.onnx")
+            write_with_int8_ops(graph.path, path)
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         found = [session.run(None, {"residue_ids": residue_ids(sequence)[np.newaxis]})[0][0] for sequence in HELD_OUT]
     return normed(torch.from_numpy(np.concatenate(found)))
 
@@ -159,6 +167,16 @@ def test_int8_loses_more_with_each_outlier_and_nothing_more_once_smoothed(
     mean, largest = losses(stored_features(smoothed(state), "int8"), exact)
     assert mean < 2e-4
     assert largest < 3e-3
+
+
+@pytest.mark.parametrize(("factor", "channels"), [(1, 1), (30, 4), (100, 4)])
+def test_records_lose_less_since_each_residue_has_a_scale_of_its_own(
+    trained: State, exact: torch.Tensor, factor: float, channels: int
+) -> None:
+    state = with_outliers(trained, factor, channels)
+    for one, most in ((state, 0.95 if factor == 1 else 0.5), (smoothed(state), 0.95)):
+        records, portable = (losses(stored_features(one, "int8", records=by), exact)[0] for by in (True, False))
+        assert records < most * portable
 
 
 def test_smoothing_helps_where_weights_do_not_make_up_for_an_outlier(trained: State) -> None:

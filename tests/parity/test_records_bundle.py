@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein, _native, int4_ops
 from biomedgpt_edge.bench.limits import Limits
+from biomedgpt_edge.bench.stages import drop_from_page_cache
 from biomedgpt_edge.bench.suite import Plan, Suite
 from biomedgpt_edge.bench.work import prefill_work
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
-from biomedgpt_edge.decoder.graph import Wanted
+from biomedgpt_edge.decoder.graph import WANTED, Wanted
 from biomedgpt_edge.decoder.kv_cache import KvElement
 from biomedgpt_edge.engine import DEMO_BUNDLE, PreparedPrompt
 from biomedgpt_edge.errors import BundleCorruptError, OptionError, PlatformError
@@ -223,6 +225,7 @@ def test_inspect_and_doctor_name_the_instruction_set(records: Path, capsys: pyte
     assert found["int4 operators"]["found"].startswith(path)
     assert found["decoder"]["found"] == f"records-1, computed with {path}"
     assert f"int4: {', '.join(_native.int4_paths())}" in found["kernels"]["found"]
+    assert f"int8: {', '.join(_native.int8_paths())}" in found["kernels"]["found"]
 
 
 def test_compare_reads_both_layouts(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +284,15 @@ def test_the_portable_decoder_is_used_instead_and_a_warning_says_why(
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     expected = r"the int4 operators cannot be used .*none\.so.* The portable decoder is used instead\."
     assert re.fullmatch(expected, warning)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_commands_say_so_on_stderr(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert edge(["ask", "--bundle", str(records), "--max-new-tokens", "1", "--json", "?"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["finish"] == "length"
+        assert printed.err.count("warning: the int4 operators cannot be used") == 1
 
 
 @pytest.mark.usefixtures("without_library")
@@ -356,6 +368,31 @@ def test_the_commands_take_it(
     assert re.search(r"portable +\d files +3\.4 MB  portable decoders", capsys.readouterr().out)
     assert edge(["cache", "clear"]) == 0
     assert not list((tmp_path / "cache" / "portable").iterdir())
+
+
+def test_what_one_decoder_computed_of_a_template_the_other_does_not_take(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path))
+    counts = []
+    for decoder in WANTED:
+        with Engine.load(records, threads=1, decoder=decoder) as engine:
+            engine.ask(*(one for one in QUESTIONS["aspirin"] if one is not None), max_new_tokens=1)  # type: ignore[arg-type]
+            counts.append((decoder, engine.prefix_counts.found))
+    assert counts == [("auto", 0), ("records", 1), ("portable", 0)]
+
+
+def test_a_cold_load_is_cold_for_what_was_derived_too(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[str] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda handle, *_: dropped.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+    )
+    Engine.load(records, threads=1, decoder="portable").close()
+    drop_from_page_cache(records, "auto")
+    assert "decoder.data" in dropped
+    assert "decoder-portable.data" not in dropped
+    drop_from_page_cache(records, "portable")
+    assert "decoder-portable.data" in dropped
 
 
 @pytest.mark.parametrize(("decoder", "layout"), [("auto", RECORDS), ("portable", PORTABLE)])

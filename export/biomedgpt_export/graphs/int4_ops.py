@@ -115,10 +115,10 @@ def _attentions(model: onnx.GraphProto) -> list[Attention]:
     return [attention for attention in map(Attention.read, model.node) if attention is not None]
 
 
-def _adopt_signature(
+def adopt_signature(
     graph: GraphBuilder,
     model: onnx.GraphProto,
-    caches: Iterable[tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]],
+    caches: Iterable[tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]] = (),
     *,
     without: Collection[str] = (),
 ) -> None:
@@ -189,7 +189,7 @@ def _write(
 ) -> None:
     caches = [pair for attention in _attentions(model) for pair in attention.own_cache()]
     others = (node for node in model.node if Attention.read(node) is None)
-    _adopt_signature(graph, model, caches, without={LENGTH}.difference(*(node.input for node in others)))
+    adopt_signature(graph, model, caches, without={LENGTH}.difference(*(node.input for node in others)))
     weights = {tensor.name for tensor in model.initializer}
     kept = [node for node in model.node if node.output[0] not in gone | operators.keys()]
     # Scales that nothing widens any more are left out.
@@ -202,7 +202,7 @@ def _write(
             _adopt_tables(graph, attention, stored)
             attention.emit_own(graph)
         elif node.output[0] not in gone and (node.op_type != "Cast" or node.output[0] in needed):
-            _adopt(graph, node, weights, stored)
+            adopt(graph, node, weights, stored)
     graph.save()
 
 
@@ -231,7 +231,7 @@ def write_portable(source: Path, target: Path, *, on_pages: bool = False) -> Non
     graph = GraphBuilder(target, on_pages=on_pages)
     try:
         caches = [pair for own in _attentions(model) for pair in own.portable_cache(_head_size(own, stored))]
-        _adopt_signature(graph, model, caches)
+        adopt_signature(graph, model, caches)
         if caches and all(value.name != LENGTH for value in model.input):
             graph.adopt_input(length_input())
         for node in model.node:
@@ -242,13 +242,13 @@ def write_portable(source: Path, target: Path, *, on_pages: bool = False) -> Non
             elif (node.domain, node.op_type) in INT4_MATRICES:
                 _add_products(graph, node, stored)
             else:
-                _adopt(graph, node, weights, stored)
+                adopt(graph, node, weights, stored)
         graph.save()
     finally:
         graph.close()
 
 
-def _adopt(graph: GraphBuilder, node: onnx.NodeProto, weights: Collection[str], stored: StoredWeights) -> None:
+def adopt(graph: GraphBuilder, node: onnx.NodeProto, weights: Collection[str], stored: StoredWeights) -> None:
     """Adds a node of another graph and those of ``weights`` that it reads."""
     for name in node.input:
         if name in weights:

@@ -12,12 +12,12 @@ import onnx
 import torch
 
 from biomedgpt_edge.decoder.tensor_names import layer_names
-from biomedgpt_edge.onnx_header import INT4_MATRICES
+from biomedgpt_edge.onnx_header import INT4_MATRICES, INT8_INPUTS
 
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
 from ..quantize.int8_groups import Int8GroupWeight
-from .records import unpacked
+from .records import INT8_RECORDS, unpacked, unpacked_int8
 
 ALL_ROWS = slice(None)
 
@@ -50,6 +50,11 @@ class StoredWeights:
             if (node.domain, node.op_type) in INT4_MATRICES
             for turn, name in enumerate(layer_names(node.input[1]))
         }
+        self._in_int8_records = {
+            node.input[1].removesuffix(INT8_RECORDS): {attribute.name: attribute.i for attribute in node.attribute}
+            for node in model.graph.node
+            if (node.domain, node.op_type) in INT8_INPUTS
+        }
 
     def linear(self, name: str, rows: slice = ALL_ROWS) -> torch.Tensor:
         """The matrix of the linear layer ``name``, or ``rows`` of it, float32 ``[N, K]``, dequantized if need be."""
@@ -77,7 +82,19 @@ class StoredWeights:
 
     def int8(self, name: str) -> bool:
         """Whether the linear layer ``name`` is stored in int8."""
-        return f"{name}.weight_int8" in self._tensors
+        return f"{name}.weight_int8" in self._tensors or name in self._in_int8_records
+
+    def int8_weight(self, name: str) -> Int8Weight:
+        """The linear layer ``name``, which is stored in int8 with one scale per output."""
+        if name in self._in_int8_records:
+            return self.int8_records(name)[0]
+        values, scales = self.array(f"{name}.weight_int8").T, self.array(f"{name}.scales")
+        return Int8Weight(torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(scales.copy()))
+
+    def int8_records(self, name: str) -> tuple[Int8Weight, npt.NDArray[np.float32]]:
+        """The linear layer ``name``, which lies in records of int8, and its bias, float32 ``[N]``."""
+        sizes = self._in_int8_records[name]
+        return unpacked_int8(self.array(name + INT8_RECORDS), sizes["N"], sizes["K"])
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """The tensor ``name`` as it is stored, mapped where it lies outside the graph file."""
@@ -99,8 +116,8 @@ class StoredWeights:
             return self.int4(name, rows)
         if f"{name}.weight_int8" in self._in_groups:
             return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name, rows))
-        values, scales = self.array(f"{name}.weight_int8").T[rows], self.array(f"{name}.scales")[rows]
-        return Int8Weight(torch.from_numpy(values.copy()), torch.from_numpy(scales.copy()))
+        whole = self.int8_weight(name)
+        return Int8Weight(whole.values[rows], whole.scales[rows])
 
     def _groups(self, packed_name: str, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """Packed values, their scales, columns and group size."""

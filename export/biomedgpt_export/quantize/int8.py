@@ -1,9 +1,9 @@
 """int8 weights with one scale per output, multiplied by activations that are quantized as they come.
 
 For the protein encoder, which reads a sequence once: hundreds of rows share each weight, so that arithmetic takes the
-time, and integer products are the fastest there are (ONNX Runtime's ``com.microsoft.DynamicQuantizeMatMul``, which
-quantizes activations to uint8 with one scale and zero point per call; see ``smoothing``). For a decoder's single rows,
-it would be memory.
+time, and integer products are the fastest there are: ONNX Runtime's ``com.microsoft.DynamicQuantizeMatMul``, which
+quantizes activations to uint8 with one scale and zero point per call (see ``smoothing``), or those of csrc/int8, with
+one scale per row. For a decoder's single rows, it would be memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 QMAX = 127
-# For products: x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits that saturate, where
-# 2 * 255 * 63 fits. Unsigned weights would be safe, too, and take seven times as long where a processor has tiles.
+# For products, since ONNX Runtime's on x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits that
+# saturate, where 2 * 255 * 63 fits. Unsigned weights would be safe, too, and take seven times as long where a processor
+# has tiles.
 QMAX_PRODUCT = 63
 
 

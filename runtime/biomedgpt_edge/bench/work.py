@@ -9,10 +9,12 @@ from pathlib import PurePosixPath
 from ..bundle import Bundle
 from ..decoder.kv_cache import KvLayout
 from ..manifest import DecoderSpec, MoleculeEncoderSpec, ProteinEncoderSpec
-from ..onnx_header import INT4_MATRICES, read_header
+from ..onnx_header import INT4_MATRICES, INT8_INPUTS, read_header
 from ..splice import Projection
 
-_QUANTIZED_PRODUCTS = INT4_MATRICES.keys() | {
+_QUANTIZED_PRODUCTS = {
+    *INT4_MATRICES,
+    *INT8_INPUTS,
     ("com.microsoft", "DynamicQuantizeMatMul"),
     ("com.microsoft", "MatMulNBits"),
 }

@@ -63,11 +63,12 @@ def _machine() -> list[Finding]:
     features = [name for name, there in _native.cpu_features().items() if there]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    paths = {"splice": _native.splice_paths(), "int4": _native.int4_paths(), "int8": _native.int8_paths()}
     return [
         Finding("machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         Finding("processor", f"{threads} threads; {' '.join(features) or 'no known vector extensions'}"),
         Finding("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"),
-        Finding("kernels", f"splice: {', '.join(_native.splice_paths())}; int4: {', '.join(_native.int4_paths())}"),
+        Finding("kernels", "; ".join(f"{name}: {', '.join(names)}" for name, names in paths.items())),
     ]
 
 

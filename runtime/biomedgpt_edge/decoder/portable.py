@@ -44,8 +44,7 @@ def derived_files(bundle: Bundle, portable: PortableGraph) -> tuple[Path, Path]:
     Raises:
         PlatformError: there is no place for them; see :func:`cache_folder`.
     """
-    # By their real place: ONNX Runtime does not follow links to a graph's data.
-    folder = (cache_folder() / PORTABLE / f"{bundle.digest}-{FORMAT}").resolve()
+    folder = cache_folder() / PORTABLE / f"{bundle.digest}-{FORMAT}"
     return folder / PurePosixPath(portable.graph).name, folder / portable.data
 
 
