@@ -1,10 +1,12 @@
 """One engine in a process of its own, told over pipes what to run: what `peers.py` starts for each contestant.
 
 Every engine has the same two verbs, forget everything and append tokens; what is timed is made of these, so that all
-are timed alike. Protocol: a JSON object per line. Requests name a burst (`load`, `prefill`, `decode`, `ttft`); answers
-hold seconds, or `error`. An engine that is not installed says so at `load`.
+are timed alike; what ours alone does has bursts of its own. Protocol: a JSON object per line. Requests name a burst
+(`load`, `prefill`, `decode`, `ttft`, `rows`, `linear_layers`); answers hold seconds, or `error`. An engine that is not
+installed says so at `load`.
 
-Usage: python benchmarks/peer_engines.py ENGINE --bundle B --models DIR --threads N   (stdin: requests, stdout: answers)
+Usage: python benchmarks/peer_engines.py ENGINE --records B --portable B --models DIR --threads N
+       (stdin: requests, stdout: answers)
 """
 
 from __future__ import annotations
@@ -14,19 +16,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+import peer_gguf
 import peer_models
+import peer_openvino
 from biomedgpt_edge.bench.counters import Memory
+from biomedgpt_edge.splice import EmbeddingTable, TokenPart, splice
 from peer_models import Models
 
 # Of the standard molecule question: positions of the template before the molecule, and all.
 PREFIX, QUESTION = 47, 94
+# Positions after which logits are compared: so many that it matters what came before the last of them.
+COMPARED = 64
+# Positions of engines that cannot grow: more than any burst has.
+ROOM = 1024
 
 Logits = npt.NDArray[np.float32]
 
@@ -44,39 +53,97 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """This runtime, through the decoder that answers run through."""
+    """This runtime: the decoder in records, through the states that answers run through."""
 
     def __init__(self, models: Models, threads: int) -> None:
         from biomedgpt_edge.engine import Engine
 
-        self._engine = Engine.load(models.bundle, threads=threads, verify="sizes")
+        self._models, self._threads = models, threads
+        self._engine = Engine.load(models.records, threads=threads, verify="sizes")
         self._state = self._engine.decoder.open(1)
+        self._linear_layers: LinearLayers | None = None
 
     def clear(self, capacity: int) -> None:
         self._state.close()
         self._state = self._engine.decoder.open(capacity)
 
     def append(self, tokens: Sequence[int]) -> Logits:
-        from biomedgpt_edge.splice import TokenPart, splice
-
         if len(tokens) == 1:
             return self._state.step(tokens[0])
-        embeddings = splice([TokenPart(np.array(tokens, np.int64))], self._engine.bundle.embeddings, threads=1)
-        return self._state.prefill(embeddings)
+        return self._state.prefill(embedded(tokens, self._engine.bundle.embeddings))
+
+    def guess(self, tokens: Sequence[int]) -> Logits:
+        """Appends what speculation would; returns the logits after each, ``[n, vocabulary]``."""
+        return self._state.steps(tokens)
+
+    def take_back(self, count: int) -> None:
+        """Forgets the last tokens."""
+        self._state.truncate(self._state.length - count)
+
+    @property
+    def linear_layers(self) -> LinearLayers:
+        """Loaded when first asked for: pages are those of the decoder."""
+        self._linear_layers = self._linear_layers or LinearLayers(self._models, self._threads)
+        return self._linear_layers
+
+
+def embedded(tokens: Sequence[int], table: EmbeddingTable) -> Logits:
+    """Rows of the bundle's table, which stays mapped: float32 ``[T, hidden]``."""
+    return splice([TokenPart(np.array(tokens, np.int64))], table, threads=1)
+
+
+class LinearLayers:
+    """All linear layers of a decoding step, the head included, and nothing else.
+
+    Attributes:
+        bytes: of their weights, which a step reads.
+    """
+
+    def __init__(self, models: Models, threads: int) -> None:
+        import onnxruntime as ort
+
+        from biomedgpt_edge.int4_ops import register_int4_ops
+
+        graph = peer_models.linear_layers(models)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        register_int4_ops(options)
+        self.bytes = peer_models.bytes_of_tensors(graph)
+        self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._binding = self._session.io_binding()
+        rng = np.random.default_rng(0)
+        # The binding holds addresses only. Outputs of a width share one, which no operator reads.
+        self._arrays: list[Logits] = []
+        for node in self._session.get_inputs():
+            self._arrays.append(rng.standard_normal((1, node.shape[1]), np.float32))
+            self._bind(self._binding.bind_input, node.name, self._arrays[-1])
+        widths = {node.shape[1] for node in self._session.get_outputs()}
+        targets = {width: np.empty((1, width), np.float32) for width in widths}
+        self._arrays.extend(targets.values())
+        for node in self._session.get_outputs():
+            self._bind(self._binding.bind_output, node.name, targets[node.shape[1]])
+
+    def run(self) -> None:
+        """One pass for one row."""
+        self._session.run_with_iobinding(self._binding)
+
+    @staticmethod
+    def _bind(bind: Callable[..., None], name: str, array: Logits) -> None:
+        bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 
 
 class PlainOnnxRuntime:
-    """MatMulNBits in bare onnxruntime: the portable graph, its cache in buffers that are bound once per sequence."""
+    """MatMulNBits in bare onnxruntime: the portable bundle's graph, the cache in buffers bound once per sequence."""
 
     def __init__(self, models: Models, threads: int, *, prepacked: bool = False) -> None:
         import onnxruntime as ort
 
         from biomedgpt_edge.bundle import Bundle
 
-        opened = Bundle.open(models.bundle)
+        opened = Bundle.open(models.portable)
         self._spec = opened.manifest.decoder
-        self._table = peer_models.table_of(opened)
-        graph = models.portable_graph
+        self._embeddings = opened.embeddings
+        graph = opened.file(self._spec.graph)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         if prepacked:
@@ -96,7 +163,7 @@ class PlainOnnxRuntime:
         self._length += len(tokens)
         binding = self._session.io_binding()
         feeds = {
-            "inputs_embeds": self._table[np.array(tokens)][np.newaxis],
+            "inputs_embeds": embedded(tokens, self._embeddings)[np.newaxis],
             "logit_positions": np.array([len(tokens) - 1], np.int64),
             "seqlens_k": np.array([self._length - 1], np.int32),
             "total_sequence_length": np.array(self._length, np.int32),
@@ -152,49 +219,65 @@ class OnnxRuntimeGenai:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, over random blocks of one kind."""
+    """llama.cpp through llama-cpp-python: mapped, repacked for the processor, attention as its own tools choose it."""
 
     def __init__(self, models: Models, threads: int, *, kind: str) -> None:
-        from llama_cpp import Llama
-
-        path = peer_models.gguf_file(models, kind)
-        context = models.spec.context
-        options = {"n_ctx": context, "n_threads": threads, "n_threads_batch": threads, "n_batch": 512}
-        self._llama = Llama(str(path), logits_all=False, verbose=False, **options)
-
-    def clear(self, capacity: int) -> None:
-        self._llama.reset()
-
-    def append(self, tokens: Sequence[int]) -> Logits:
         import llama_cpp
 
+        path = peer_gguf.gguf_file(models, kind)
+        options = {"n_ctx": min(ROOM, models.spec.context), "n_threads": threads, "n_threads_batch": threads}
+        self._logits = llama_cpp.llama_get_logits_ith
+        self._llama = llama_cpp.Llama(str(path), n_batch=512, flash_attn=True, verbose=False, **options)
+
+    def clear(self, capacity: int) -> None:
+        self._llama.reset()  # `eval` removes what lies beyond from the cache
+
+    def append(self, tokens: Sequence[int]) -> Logits:
         self._llama.eval(list(tokens))
-        pointer = llama_cpp.llama_get_logits(self._llama.ctx)
-        return np.ctypeslib.as_array(pointer, (self._llama.n_vocab(),))
+        return np.ctypeslib.as_array(self._logits(self._llama.ctx, -1), (self._llama.n_vocab(),))
+
+
+class OpenVino:
+    """OpenVINO's runtime with the model as OpenVINO GenAI loads it.
+
+    GenAI itself takes a prompt and generates; it has no call that appends given tokens. ``hints`` are properties of the
+    CPU plugin; without any, activations are bfloat16 where the processor multiplies that, and the cache is uint8.
+    """
+
+    def __init__(self, models: Models, threads: int, *, hints: Mapping[str, object]) -> None:
+        import openvino as ov
+
+        graph = peer_openvino.openvino_folder(models) / peer_openvino.MODEL
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **hints}
+        self._request = ov.Core().compile_model(str(graph), "CPU", options).create_infer_request()
+        self._length = 0
+
+    def clear(self, capacity: int) -> None:
+        self._request.reset_state()
+        self._length = 0
+
+    def append(self, tokens: Sequence[int]) -> Logits:
+        start, self._length = self._length, self._length + len(tokens)
+        feeds = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, self._length), np.int64),
+            "position_ids": np.arange(start, self._length)[np.newaxis],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        logits: Logits = self._request.infer(feeds, share_inputs=True, share_outputs=True)["logits"][0, -1]
+        return logits
 
 
 class Torch:
-    """transformers' Llama in eager PyTorch, bfloat16."""
+    """transformers' Llama in eager PyTorch, bfloat16, with the bundle's weights. What loading takes says nothing."""
 
     def __init__(self, models: Models, threads: int) -> None:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
         from transformers.cache_utils import DynamicCache
 
         torch.set_num_threads(threads)
-        spec = models.spec
-        config = LlamaConfig(
-            vocab_size=spec.vocabulary,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            num_hidden_layers=spec.layers,
-            num_attention_heads=spec.heads,
-            num_key_value_heads=spec.kv_heads,
-            max_position_embeddings=spec.context,
-        )
         self._torch, self._fresh_cache = torch, DynamicCache
-        torch.set_default_dtype(torch.bfloat16)
-        self._model = LlamaForCausalLM(config).eval()
+        self._model = peer_models.torch_model(models)
         self._cache: Any = None
 
     def clear(self, capacity: int) -> None:
@@ -215,18 +298,22 @@ ENGINES: dict[str, Callable[[Models, int], Contestant]] = {
     "onnxruntime-genai": OnnxRuntimeGenai,
     "llama.cpp-q4_0": lambda models, threads: LlamaCpp(models, threads, kind="Q4_0"),
     "llama.cpp-q4_k": lambda models, threads: LlamaCpp(models, threads, kind="Q4_K"),
+    "openvino": lambda models, threads: OpenVino(models, threads, hints={}),
+    # Of use where bfloat16 is what the plugin would choose: here activations are quantized to int8, as others do it.
+    "openvino-f32": lambda models, threads: OpenVino(
+        models, threads, hints={"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
+    ),
     "torch-bf16": Torch,
 }
-
-
-# Those that compute with the bundle's own weights: their logits are ours, but for rounding.
-SAME_WEIGHTS = ("ours", "onnxruntime", "onnxruntime-prepacked", "onnxruntime-genai")
+# Makes its weights whenever it is loaded.
+WITHOUT_FILE = "torch-bf16"
 
 
 class Worker:
     """Answers requests with one engine."""
 
     def __init__(self, engine: str, models: Models, threads: int) -> None:
+        self._name = engine
         self._make = lambda: ENGINES[engine](models, threads)
         self._vocabulary = models.spec.vocabulary
         self._memory = Memory()
@@ -238,20 +325,36 @@ class Worker:
         Raises:
             KeyError: there is no such burst.
         """
-        bursts = {"load": self._load, "prefill": self._prefill, "decode": self._decode, "ttft": self._ttft}
+        bursts: dict[str, Callable[..., dict[str, Any]]] = {
+            "load": self._load,
+            "prefill": self._prefill,
+            "decode": self._decode,
+            "ttft": self._ttft,
+            "rows": self._rows,
+            "linear_layers": self._linear_layers,
+        }
         return bursts[request.pop("do")](**request)
 
     def _load(self) -> dict[str, Any]:
-        self._make()  # writes what is derived, and fills the page cache
+        if self._name != WITHOUT_FILE:
+            self._make()  # writes what is derived, and fills the page cache
         self._memory.restart()
         started = time.perf_counter()
-        self._engine = self._make()
-        seconds = time.perf_counter() - started
+        engine = self._engine = self._make()
+        loaded = time.perf_counter() - started
+        forgotten, text = (self._text(COMPARED, seed) for seed in (0, 1))
+        engine.clear(COMPARED)
+        engine.append(forgotten[:1])
+        # Some pack their weights now.
+        ready = time.perf_counter() - started
         self._memory.look()
+        engine.append(forgotten[1:])
+        engine.clear(COMPARED)
+        engine.append(text[:30])
+        engine.append(text[30:31])
+        logits = engine.append(text[31:]).tolist()
         memory = {"peak_rss": self._memory.peak_rss, "anonymous": self._memory.anonymous}
-        self._engine.clear(4)
-        self._engine.append([5, 6, 7])
-        return {"seconds": seconds, **memory, "logits": self._engine.append([8]).tolist()}
+        return {"seconds": loaded, "with_first_step": ready, **memory, "logits": logits}
 
     def _prefill(self, tokens: int, seed: int) -> dict[str, Any]:
         engine = self._loaded()
@@ -275,6 +378,29 @@ class Worker:
             text = text[PREFIX:]
         return {"seconds": _seconds(lambda: engine.append(text).argmax())}
 
+    def _rows(self, depth: int, rows: int, tokens: int, seed: int) -> dict[str, Any]:
+        """``rows`` tokens in one call, ``tokens`` times at one depth."""
+        engine = self._ours()
+        engine.clear(depth + rows)
+        engine.append(self._text(depth, seed))
+        guessed = self._text(rows, seed + 1)
+        times = []
+        for _ in range(1 + tokens):  # the first makes what later ones use again
+            times.append(_seconds(lambda: engine.guess(guessed)))
+            engine.take_back(rows)
+        return {"seconds": sum(times[1:]) / tokens}
+
+    def _linear_layers(self, tokens: int, seed: int) -> dict[str, Any]:
+        layers = self._ours().linear_layers
+        times = [_seconds(layers.run) for _ in range(1 + tokens)]
+        return {"seconds": sum(times[1:]) / tokens, "bytes": layers.bytes}
+
+    def _ours(self) -> Ours:
+        engine = self._loaded()
+        if not isinstance(engine, Ours):
+            raise TypeError(f"asked {type(engine).__name__} for a burst of ours")
+        return engine
+
     def _loaded(self) -> Contestant:
         if self._engine is None:
             raise RuntimeError("asked for a burst before load")
@@ -294,14 +420,15 @@ def _seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True, help="folder for what is derived from the bundle")
+    parser.add_argument("--records", type=Path, required=True, help="bundle with the decoder in records")
+    parser.add_argument("--portable", type=Path, required=True, help="the same with MatMulNBits")
+    parser.add_argument("--models", type=Path, required=True, help="folder for what is derived from them")
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     # Libraries print as they like; answers go where only this script writes.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    worker = Worker(options.engine, Models(options.bundle, options.models), options.threads)
+    worker = Worker(options.engine, Models(options.records, options.portable, options.models), options.threads)
     for line in sys.stdin:
         print(json.dumps(_answer(worker, json.loads(line))), file=answers, flush=True)
 

@@ -1,7 +1,8 @@
-"""Random models of one shape in the formats of the peers, written below a work folder once and used again.
+"""The models that peers run: one set of weights, in the format of each, written below a work folder once.
 
-The bundle comes first: its manifest is the shape, and its portable decoder is the MatMulNBits graph of the peers that
-run on ONNX Runtime. Values mean nothing and differ between the formats, since no engine's speed depends on them.
+A bundle comes first, random or given: its manifest is the shape, its decoder graph with MatMulNBits is what the peers
+on ONNX Runtime run, the same decoder in records is ours. Other formats are made of its matrices (`Weights`), so that
+everybody's logits can be compared.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,39 @@ import numpy as np
 import numpy.typing as npt
 
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder.graph import choose, decoder_graph
-from biomedgpt_edge.manifest import DecoderSpec
+from biomedgpt_edge.manifest import RECORDS, DecoderSpec
+from biomedgpt_edge.onnx_header import INT4_MATRICES, read_header
 
 # --shape -> scale of biomedgpt_export.synthesize
 SHAPES = {"tiny": "tiny", "1b": "1b", "7b": "full"}
 PREPACKED = "matmulnbits.prepacked.onnx"
 
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Two bundles with the same weights, and the folder for what is derived from them.
+
+    Attributes:
+        records: with the decoder as our operators read it.
+        portable: with MatMulNBits.
+    """
+
+    records: Path
+    portable: Path
+    folder: Path
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The shape that all engines share."""
+        return Bundle.open(self.portable).manifest.decoder
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Of the decoder's weights in int4."""
+        opened = Bundle.open(self.portable)
+        return bytes_of_tensors(opened.file(opened.manifest.decoder.graph))
 
 
 def models_of_shape(work: Path, shape: str, layers: int | None, report: Report) -> Models:
@@ -36,38 +63,208 @@ def models_of_shape(work: Path, shape: str, layers: int | None, report: Report) 
     from biomedgpt_export.synthesize import synthesize
 
     name = shape if layers is None else f"{shape}-{layers}"
-    bundle, checkpoint = work / name / "bundle", work / name / "checkpoint"
-    if not bundle.exists():
+    folder = work / name
+    models = Models(folder / "records", folder / "portable", folder)
+    if not models.portable.exists():
+        checkpoint = folder / "checkpoint"
         if not checkpoint.exists():
             synthesize(checkpoint, scale=SHAPES[shape], seed=0, layers=layers, protein_layers=1, report=report)
-        layout = Layout.locate(checkpoint, without=("protein",))
-        options = ExportOptions(layout, bundle, "int4", quantizer="rtn", proof="none", name=f"random weights, {name}")
+        options = ExportOptions(
+            Layout.locate(checkpoint, without=("protein",)),
+            models.portable,
+            "int4",
+            quantizer="rtn",
+            proof="none",
+            decoder_layout="portable",
+            name=f"random weights, {name}",
+        )
         export_bundle(options, report)
-    return Models(bundle, work / name)
+        shutil.rmtree(checkpoint)  # three times as large, and of no more use
+    _add_other_layout(models.portable, models.records, report)
+    return models
 
 
-def models_of_bundle(work: Path, bundle: Path) -> Models:
-    """Around a bundle that is there."""
-    return Models(bundle, work / Bundle.open(bundle).digest[:16])
+def models_of_bundle(work: Path, bundle: Path, report: Report) -> Models:
+    """Around a bundle that is there, in either layout."""
+    opened = Bundle.open(bundle)
+    folder = work / opened.digest[:16]
+    other = folder / "other-layout"
+    _add_other_layout(bundle, other, report)
+    in_records = opened.manifest.decoder.layout == RECORDS
+    return Models(bundle, other, folder) if in_records else Models(other, bundle, folder)
+
+
+def _add_other_layout(bundle: Path, other: Path, report: Report) -> None:
+    from biomedgpt_export.relayout import relayout
+
+    if not other.exists():
+        other.parent.mkdir(parents=True, exist_ok=True)
+        in_records = Bundle.open(bundle).manifest.decoder.layout == RECORDS
+        relayout(bundle, other, "portable" if in_records else "records", report)
 
 
 @dataclass(frozen=True)
-class Models:
-    """A bundle, and the folder for what is derived from it."""
+class Matrix:
+    """A linear layer; a weight is ``(level - 8) * scale``.
 
-    bundle: Path
-    folder: Path
+    Attributes:
+        levels: uint8 ``[N, K]``, 0 to 15.
+        scales: float16 ``[N, K / group]``.
+    """
 
-    @property
-    def spec(self) -> DecoderSpec:
-        """The shape that all engines share."""
-        return Bundle.open(self.bundle).manifest.decoder
+    levels: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float16]
 
-    @property
-    def portable_graph(self) -> Path:
-        """The decoder with MatMulNBits, which peers on ONNX Runtime run; of a bundle in records, a derived one."""
-        bundle = Bundle.open(self.bundle)
-        return decoder_graph(bundle, choose(bundle, "portable"), "once").path
+    def rows(self, order: slice | npt.NDArray[np.int64]) -> Matrix:
+        """These rows, in this order."""
+        return Matrix(self.levels[order], self.scales[order])
+
+    def dequantized(self) -> npt.NDArray[np.float32]:
+        """float32 ``[N, K]``."""
+        values = np.empty(self.levels.shape, np.float32)
+        groups = values.reshape(*self.scales.shape, -1)
+        np.subtract(self.levels.reshape(groups.shape), np.float32(8), out=groups)
+        groups *= self.scales.astype(np.float32)[..., np.newaxis]
+        return values
+
+
+class Weights:
+    """Of the decoder of a bundle with MatMulNBits; each is read when it is asked for."""
+
+    def __init__(self, bundle: Path) -> None:
+        from biomedgpt_export.graphs.stored import StoredWeights
+
+        self._bundle = Bundle.open(bundle)
+        self.spec = self._bundle.manifest.decoder
+        self._stored = StoredWeights(self._bundle.file(self.spec.graph))
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.float32]:
+        """Token embeddings, float32 ``[vocabulary, hidden]``."""
+        return table_of(self._bundle)
+
+    def matrix(self, part: str, layer: int) -> Matrix:
+        """One of q, k, v, o, gate, up and down.
+
+        Raises:
+            ValueError: other formats cannot hold it: it has zero points, an order, or a row that is no whole number of
+                groups.
+        """
+        if part not in "qkv":
+            return self._matrix(f"layers.{layer}.{part}_proj")
+        query, kv = self.spec.heads * self.spec.head_size, self.spec.kv_heads * self.spec.head_size
+        ends = {"q": (0, query), "k": (query, query + kv), "v": (query + kv, query + 2 * kv)}
+        return self._matrix(f"layers.{layer}.qkv_proj").rows(slice(*ends[part]))
+
+    def head(self) -> Matrix:
+        """The LM head. See `matrix`."""
+        return self._matrix("lm_head")
+
+    def norm(self, part: str, layer: int) -> npt.NDArray[np.float32]:
+        """Gains ``[hidden]`` before attention ("attention") or feed-forward ("ffn") of a layer; those before the head
+        are of "attention" of a layer beyond the last."""
+        if part == "ffn":
+            name = f"layers.{layer}.post_attention_layernorm"
+        else:
+            name = f"layers.{layer - 1}.next_layernorm" if layer else "layers.0.input_layernorm"
+        return np.array(self._stored.array(f"{name}.weight"))
+
+    def _matrix(self, name: str) -> Matrix:
+        from biomedgpt_export.quantize.int4 import unpack
+
+        if self._stored.int8(name):
+            raise ValueError(f"{name} is int8, which is not written for this engine")
+        weight = self._stored.int4(name)
+        groups = weight.scales.shape[1]
+        if weight.zero_points is not None or weight.order is not None or groups * weight.group_size != weight.columns:
+            raise ValueError(
+                f"{name} has zero points, an order, or rows of {weight.columns} values, no whole number of groups of "
+                f"{weight.group_size}: not written for this engine"
+            )
+        return Matrix(unpack(weight.packed).flatten(1).numpy(), weight.scales.numpy())
+
+
+def linear_layers(models: Models) -> Path:
+    """The graph of records without all but its int4 operators, each with an input and an output of its own.
+
+    Inputs are ``x{K}``, float32 ``[rows, K]``, for all operators of a width together.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    folder = models.folder / "linear-layers"
+    path = folder / "model.onnx"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = Bundle.open(models.records)
+    source = opened.file(opened.manifest.decoder.graph)
+    model = onnx.load(str(source), load_external_data=False)
+    nodes = [node for node in model.graph.node if (node.domain, node.op_type) in INT4_MATRICES]
+    widths = set()
+    outputs = []
+    for node in nodes:
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        widths.add(sizes["K"])
+        node.input[0] = f"x{sizes['K']}"
+        outputs.append(helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, ["rows", sizes["N"]]))
+    records = {node.input[1] for node in nodes}
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in records]
+    inputs = [helper.make_tensor_value_info(f"x{width}", TensorProto.FLOAT, ["rows", width]) for width in widths]
+    graph = helper.make_graph(nodes, "linear layers", inputs, outputs, tensors)
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    _link_external_files(source, folder)
+    onnx.save(alone, str(path))
+    return path
+
+
+def bytes_of_tensors(graph: Path) -> int:
+    """What lies outside the graph file of the weights that it names."""
+    return sum(tensor.length or 0 for tensor in read_header(graph).tensors)
+
+
+def torch_model(models: Models) -> Any:
+    """transformers' LlamaForCausalLM in bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    weights = Weights(models.portable)
+    spec = weights.spec
+    config = LlamaConfig(
+        vocab_size=spec.vocabulary,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_size,
+        max_position_embeddings=spec.context,
+        rms_norm_eps=spec.norm_eps,
+        rope_theta=spec.rope_base,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # made of the configuration alone
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(_as_transformers_names(weights, name)))
+    return model
+
+
+def _as_transformers_names(weights: Weights, name: str) -> npt.NDArray[np.float32]:
+    """The parameter that transformers calls ``name``."""
+    if name == "model.embed_tokens.weight":
+        return weights.table
+    if name == "lm_head.weight":
+        return weights.head().dequantized()
+    if name == "model.norm.weight":
+        return weights.norm("attention", weights.spec.layers)
+    _, _, layer, *_, module, _ = name.split(".")
+    if module.endswith("_proj"):
+        return weights.matrix(module.removesuffix("_proj"), int(layer)).dequantized()
+    return weights.norm("attention" if module == "input_layernorm" else "ffn", int(layer))
 
 
 def genai_folder(models: Models, threads: int) -> Path:
@@ -78,16 +275,16 @@ def genai_folder(models: Models, threads: int) -> Path:
     """
     import onnx
 
-    opened = Bundle.open(models.bundle)
+    opened = Bundle.open(models.portable)
     spec = opened.manifest.decoder
     folder = models.folder / "genai"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "genai_config.json").write_text(json.dumps(_genai_config(spec, threads), indent=1))
     if (folder / "model.onnx").exists():
         return folder
-    graph = models.portable_graph
+    graph = opened.file(spec.graph)
     model = onnx.load(str(graph), load_external_data=False)
-    _link_external_data(model, graph.parent, folder)
+    _link_external_files(graph, folder)
     _add_token_inputs(model.graph, table_of(opened))
     onnx.save(model, str(folder / "model.onnx"))
     return folder
@@ -100,17 +297,14 @@ def table_of(bundle: Bundle) -> npt.NDArray[np.float32]:
     return rows if table.scales is None else rows * table.scales[:, None]
 
 
-def _link_external_data(model: Any, source: Path, folder: Path) -> None:
+def _link_external_files(graph: Path, folder: Path) -> None:
     """Weights are not copied where the file system allows it: they stay one file, under a second name."""
-    locations = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    for location in locations:
-        if not (folder / location).exists():
+    for name in {tensor.location for tensor in read_header(graph).tensors}:
+        if not (folder / name).exists():
             try:
-                os.link(source / location, folder / location)
+                os.link(graph.parent / name, folder / name)
             except OSError:  # another file system
-                shutil.copy2(source / location, folder / location)
+                shutil.copy2(graph.parent / name, folder / name)
 
 
 def _add_token_inputs(graph: Any, table: npt.NDArray[np.float32]) -> None:
@@ -172,88 +366,3 @@ def _genai_config(spec: DecoderSpec, threads: int) -> dict[str, Any]:
     model = {"type": "llama", "context_length": spec.context, "vocab_size": spec.vocabulary, "decoder": decoder, **ends}
     search = {"do_sample": False, "max_length": spec.context, "past_present_share_buffer": True}
     return {"model": model, "search": search}
-
-
-def gguf_file(models: Models, kind: str) -> Path:
-    """A GGUF of random blocks of ``kind``, "Q4_0" or "Q4_K"; the head is Q6_K, as llama.cpp's quantizer makes it."""
-    import gguf
-
-    spec = models.spec
-    path = models.folder / f"{kind.lower()}.gguf"
-    if path.exists():
-        return path
-    models.folder.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(str(staging), "llama", use_temp_file=False)
-    _write_gguf_facts(writer, spec)
-    rng = np.random.default_rng(0)
-    for name, shape, quantized in _gguf_tensors(spec):
-        if quantized:
-            block = gguf.GGMLQuantizationType["Q6_K" if name == "output.weight" else kind]
-            writer.add_tensor(name, _random_blocks(rng, shape, block), raw_dtype=block)
-        else:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return staging.replace(path)
-
-
-def _write_gguf_facts(writer: Any, spec: DecoderSpec) -> None:
-    writer.add_context_length(spec.context)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_block_count(spec.layers)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_rope_dimension_count(spec.head_size)
-    writer.add_rope_freq_base(spec.rope_base)
-    writer.add_layer_norm_rms_eps(spec.norm_eps)
-    writer.add_vocab_size(spec.vocabulary)
-    # Ids are given, so the pieces need only be different.
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{index}>" for index in range(spec.vocabulary)])
-    writer.add_token_scores([0.0] * spec.vocabulary)
-    writer.add_token_types([1] * spec.vocabulary)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-
-
-def _gguf_tensors(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Names, shapes [out, in], and whether they are quantized."""
-    hidden, query, kv = spec.hidden_size, spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    yield "token_embd.weight", (spec.vocabulary, hidden), True
-    yield "output_norm.weight", (hidden,), False
-    yield "output.weight", (spec.vocabulary, hidden), True
-    for layer in range(spec.layers):
-        for norm in ("attn_norm", "ffn_norm"):
-            yield f"blk.{layer}.{norm}.weight", (hidden,), False
-        matrices = {"attn_q": (query, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
-        matrices |= {"attn_output": (hidden, query), "ffn_down": (hidden, spec.intermediate_size)}
-        matrices |= dict.fromkeys(("ffn_gate", "ffn_up"), (spec.intermediate_size, hidden))
-        for name, shape in matrices.items():
-            yield f"blk.{layer}.{name}.weight", shape, True
-
-
-# Bytes of a block that hold float16 scales; the others may be anything.
-_SCALE_BYTES = {"Q4_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
-
-
-def _random_blocks(rng: np.random.Generator, shape: tuple[int, ...], block: Any) -> npt.NDArray[np.uint8]:
-    """Random bytes of a quantized matrix with small scales, uint8 [out, bytes of a row].
-
-    Raises:
-        ValueError: rows are no whole number of blocks.
-    """
-    import gguf
-
-    values, size = gguf.GGML_QUANT_SIZES[block]
-    if shape[-1] % values:
-        raise ValueError(f"rows of {shape[-1]} values are no whole number of {block.name} blocks of {values}")
-    blocks = rng.integers(0, 256, (shape[0], shape[-1] // values, size), np.uint8)
-    scale = np.frombuffer(np.float16(1e-3).tobytes(), np.uint8)
-    for start in _SCALE_BYTES[block.name]:
-        blocks[..., start : start + 2] = scale
-    flat: npt.NDArray[np.uint8] = blocks.reshape(shape[0], -1)
-    return flat

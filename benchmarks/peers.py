@@ -7,12 +7,18 @@ cache. A probe of the memory opens each round. Ratios compare times of the same 
 machine meets both sides; printed are their median and range. Rounds are dropped by the rule of `biomedgpt-edge bench`,
 and counted.
 
-An engine that is not installed, fails, or computes something else is named with the reason. OpenVINO GenAI is not among
-them yet.
+Engines that do not fit the memory together run in groups, one group after the other, and ours in each of them; which
+ran together is printed. Ours alone has two more bursts, in the first group: several rows in one step, as speculation
+has them, and the linear layers of a step without the rest, held against the bandwidth of their round.
 
-Usage: python benchmarks/peers.py [--shape tiny|1b|7b] [--layers N] [--bundle B] [--threads 2] [--rounds 7]
+All compute with the same weights, in the format of each; an engine whose logits are not ours is not timed. An engine
+that is not installed or fails is named with the reason.
+
+Usage: python benchmarks/peers.py [--shape tiny|1b|7b] [--layers N] [--bundle B] [--threads 2] [--rounds 5]
                                   [--engines ours,onnxruntime,...] [--work DIR] [--json FILE]
-Peers need `pip install -c constraints.txt '.[peers]'`. --bundle takes the shape of a bundle that is there.
+Peers need `pip install -c constraints.txt '.[peers]'`. --bundle takes the shape and weights of a bundle that is there.
+The models of the 7b shape take 23 GB of disk; they stay in --work and are used again.
+llama.cpp is compiled for this processor; where that has AMX and the compiler is GCC 12, see llama_cpp_amx.h.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -34,21 +40,27 @@ from typing import IO, Any
 import numpy as np
 
 import peer_models
-from biomedgpt_edge.bench.counters import Processors
+from biomedgpt_edge.bench.counters import Processors, available_memory
 from biomedgpt_edge.bench.host import describe
 from biomedgpt_edge.bench.limits import probe, probe_bytes
 from biomedgpt_edge.bench.statistics import Round, disturbances
 from biomedgpt_edge.errors import BioMedGPTError
-from peer_engines import ENGINES, PREFIX, QUESTION, SAME_WEIGHTS
+from peer_engines import ENGINES, PREFIX, QUESTION
 from peer_models import Models
 
 REFERENCE = "ours"
 DEPTH = 128
-PEER_PACKAGES = ("onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers")
+PEER_PACKAGES = ("onnxruntime", "onnxruntime-genai", "llama-cpp-python", "openvino", "torch", "transformers")
 # Threads that the engine before left spinning go to sleep meanwhile.
 PAUSE = 0.1
-# Of the largest logit: int8 activations, rounded by each engine in its own way, stay well below; other weights do not.
-TOLERANCE = 0.05
+# Length of the difference as a share of the length of the logits. int8 activations, bfloat16 and scales of 6 bits stay
+# below, also in deep models; positions that are missing or rotated in another way do not, nor do other weights.
+TOLERANCE = 0.15
+# What an engine needs while it runs, in bytes of the decoder in int4; formats with more bits have some more.
+WEIGHTS = {REFERENCE: 1.0, "torch-bf16": 4.0}
+WEIGHTS_OF_OTHERS = 1.2
+# While an engine loads, the file that it reads competes for memory with what is made of it.
+LOADING = 0.5
 
 # name -> request
 BURSTS: dict[str, dict[str, Any]] = {
@@ -58,6 +70,13 @@ BURSTS: dict[str, dict[str, Any]] = {
     f"TTFT {QUESTION}, cold": {"do": "ttft", "warm": False},
     f"TTFT {QUESTION}, {PREFIX} warm": {"do": "ttft", "warm": True},
 }
+LINEAR_LAYERS = "linear layers"
+BURSTS_OF_OURS: dict[str, dict[str, Any]] = {
+    **{f"{rows} rows @ {DEPTH}": {"do": "rows", "depth": DEPTH, "rows": rows} for rows in (4, 8)},
+    LINEAR_LAYERS: {"do": "linear_layers"},
+}
+REPEATED = ("decode", "rows", "linear_layers")
+LONGEST = max(request.get("tokens", 0) for request in BURSTS.values())
 
 
 class EngineFailed(Exception):
@@ -71,7 +90,7 @@ class Peer:
         self.name = name
         self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close
         script = Path(__file__).with_name("peer_engines.py")
-        paths = ["--bundle", str(models.bundle), "--models", str(models.folder)]
+        paths = ["--records", str(models.records), "--portable", str(models.portable), "--models", str(models.folder)]
         command = [sys.executable, str(script), name, *paths, "--threads", str(threads)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
@@ -136,7 +155,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Times of an engine over those of the reference in the same rounds."""
+    """Of two figures of the same rounds."""
 
     median: float
     least: float
@@ -144,26 +163,53 @@ class Ratio:
     rounds: int
 
 
-def ratio(times: dict[int, float], reference: dict[int, float], counted: Sequence[int]) -> Ratio | None:
+def ratio(figures: dict[int, float], reference: dict[int, float], counted: Sequence[int]) -> Ratio | None:
     """Over the rounds that count and that both have; None of none."""
-    ratios = [times[turn] / reference[turn] for turn in counted if turn in times and turn in reference]
+    ratios = [figures[turn] / reference[turn] for turn in counted if turn in figures and turn in reference]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios)) if ratios else None
 
 
 def difference(logits: Sequence[float], expected: Sequence[float]) -> float:
-    """The largest, as a share of the largest expected one; infinite for another number of logits."""
+    """Its length, as a share of that of the expected ones; infinite for another number of logits."""
     if len(logits) != len(expected):
         return float("inf")
-    return float(np.max(np.abs(np.subtract(logits, expected))) / np.max(np.abs(expected)))
+    return float(np.linalg.norm(np.subtract(logits, expected)) / np.linalg.norm(expected))
+
+
+def memory_of(name: str, models: Models) -> int:
+    """Bytes that an engine is expected to take: its weights and its KV cache."""
+    spec = models.spec
+    cache = 2 * spec.layers * spec.kv_heads * spec.head_size * 4 * LONGEST
+    return int(models.decoder_bytes * WEIGHTS.get(name, WEIGHTS_OF_OTHERS)) + cache
+
+
+def grouped(names: Sequence[str], sizes: Mapping[str, int], room: int) -> tuple[list[list[str]], list[str]]:
+    """Engines that fit ``room`` bytes together, the reference in every group, in the order given; and who fits none."""
+    always = [REFERENCE] if REFERENCE in names else []
+    left = room - sum(sizes[name] for name in always)
+    others = [name for name in names if name not in always]
+    groups: list[list[str]] = []
+    free = 0
+    for name in others:
+        if sizes[name] > left:
+            continue
+        if not groups or sizes[name] > free:
+            groups.append([*always])
+            free = left
+        groups[-1].append(name)
+        free -= sizes[name]
+    return groups or [always], [name for name in others if sizes[name] > left]
 
 
 class Match:
-    """All engines on one shape."""
+    """Engines that run together, on one shape."""
 
-    def __init__(self, names: Sequence[str], models: Models, threads: int, tokens: int) -> None:
+    def __init__(self, names: Sequence[str], models: Models, threads: int, tokens: int, *, first: bool = True) -> None:
         self._models, self._threads, self._tokens = models, threads, tokens
+        self._bursts_of_ours = BURSTS_OF_OURS if first else {}
         self.standings = [Standing(name) for name in names]
         self.rounds: list[Round] = []
+        self.linear_bytes: int | None = None
         self._peers: dict[str, Peer] = {}
         self._expected: tuple[str, list[float]] | None = None
 
@@ -182,16 +228,12 @@ class Match:
         """Nobody is timed who is fast because it computes something else.
 
         Raises:
-            EngineFailed: an engine on the bundle's weights does not give the logits of the first of them.
+            EngineFailed: an engine does not give the logits of the first of them.
         """
-        if standing.name not in SAME_WEIGHTS:
-            return
         first, expected = self._expected = self._expected or (standing.name, logits)
         error = difference(logits, expected)
         if not error <= TOLERANCE:
-            raise EngineFailed(
-                f"computes something else: its logits are {error:.0%} of the largest off those of {first}"
-            )
+            raise EngineFailed(f"computes something else: its logits are {error:.0%} off those of {first}")
 
     def run_round(self, turn: int) -> None:
         """A probe, and every burst of every engine. Turn 0 warms up."""
@@ -207,21 +249,24 @@ class Match:
         speed = f"{self.rounds[-1].best_bandwidth / 1e9:.1f} GB/s"
         report(f"round {turn}: {seconds:.1f} s, {speed}, foreign CPU {_percent(foreign)}")
 
+    def run(self, rounds: int) -> None:
+        """Loads all, runs a warm-up and ``rounds``, and ends all processes."""
+        try:
+            self.load()
+            for turn in range(rounds + 1):
+                self.run_round(turn)
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Ends all processes."""
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
 
-    def counted(self) -> tuple[list[int], bool]:
-        """Rounds that count, and whether they are undisturbed; where none is, all count."""
-        dropped = disturbances(self.rounds)
-        good = [one.index for one, reasons in zip(self.rounds, dropped, strict=True) if not reasons]
-        return (good, True) if good else ([one.index for one in self.rounds if one.index], False)
-
     def _bursts(self, standing: Standing, turn: int) -> None:
-        for name, request in BURSTS.items():
-            extra = {"tokens": self._tokens} if request["do"] == "decode" else {}
+        for name, request in (BURSTS | (self._bursts_of_ours if standing.name == REFERENCE else {})).items():
+            extra = {"tokens": self._tokens if turn else 1} if request["do"] in REPEATED else {}
             time.sleep(PAUSE)
             try:
                 answer = self._peers[standing.name].ask(**request, **extra, seed=turn)
@@ -231,6 +276,7 @@ class Match:
             standing.times.setdefault(name, {})[turn] = answer["seconds"]
             if "itl" in answer:
                 standing.tokens[turn] = answer["itl"]
+            self.linear_bytes = answer.get("bytes", self.linear_bytes)
 
     def _stop(self, standing: Standing, error: EngineFailed) -> None:
         standing.reason = str(error)
@@ -242,47 +288,118 @@ class Match:
         return replace(now, own=now.own + sum(peer.processor_seconds() for peer in self._peers.values()))
 
 
-def as_result(match: Match, facts: dict[str, Any]) -> dict[str, Any]:
-    """Every time, and the ratios of the rounds that count."""
-    counted, undisturbed = match.counted()
-    reference = next((standing.times for standing in match.standings if standing.name == REFERENCE), {})
+def as_result(matches: Sequence[Match], left_out: Mapping[str, str], facts: dict[str, Any]) -> dict[str, Any]:
+    """Every time of every group, and the ratios of the rounds that count."""
+    dropped = iter(disturbances([one for match in matches for one in match.rounds]))
+    groups = [_group(match, [next(dropped) for _ in match.rounds]) for match in matches]
+    failed = {one["name"]: one["reason"] for group in groups for one in group["engines"] if one["reason"]}
+    return {**facts, "groups": groups, "ours_alone": _ours_alone(matches[0], groups[0]), "failed": failed | left_out}
+
+
+def counted(rounds: Sequence[Round], dropped: Sequence[tuple[str, ...]]) -> tuple[list[int], bool]:
+    """Rounds that count, and whether they are undisturbed; where none is, all count."""
+    good = [one.index for one, reasons in zip(rounds, dropped, strict=True) if not reasons]
+    return (good, True) if good else ([one.index for one in rounds if one.index], False)
+
+
+def _group(match: Match, dropped: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    turns, undisturbed = counted(match.rounds, dropped)
+    reference = _times_of_ours(match)
     engines = []
     for standing in match.standings:
-        ratios = {name: ratio(times, reference.get(name, {}), counted) for name, times in standing.times.items()}
+        ratios = {name: ratio(standing.times.get(name, {}), reference.get(name, {}), turns) for name in BURSTS}
         shown = {name: None if value is None else asdict(value) for name, value in ratios.items()}
         engines.append({**asdict(standing), "ratios": shown})
-    dropped = disturbances(match.rounds)
     rounds = [{**asdict(one), "dropped": list(why)} for one, why in zip(match.rounds, dropped, strict=True)]
-    return {**facts, "rounds": rounds, "counted": counted, "undisturbed": undisturbed, "engines": engines}
+    return {"rounds": rounds, "counted": turns, "undisturbed": undisturbed, "engines": engines}
+
+
+def _times_of_ours(match: Match) -> dict[str, dict[int, float]]:
+    return next((standing.times for standing in match.standings if standing.name == REFERENCE), {})
+
+
+def _ours_alone(match: Match, group: dict[str, Any]) -> dict[str, Any]:
+    """Several rows over one row, and the share of the bandwidth that the linear layers alone reach."""
+    times, turns = _times_of_ours(match), group["counted"]
+    one = times.get(f"decode @ {DEPTH}", {})
+    found = {f"{name} over 1": ratio(times.get(name, {}), one, turns) for name in BURSTS_OF_OURS if name in times}
+    linear = times.get(LINEAR_LAYERS)
+    if linear is not None and match.linear_bytes is not None:
+        rates = {turn: match.linear_bytes / seconds for turn, seconds in linear.items()}
+        bandwidth = {one.index: one.best_bandwidth for one in match.rounds}
+        del found[f"{LINEAR_LAYERS} over 1"]
+        found["linear layers over a step"] = ratio(linear, one, turns)
+        found["linear layers, share of the bandwidth"] = ratio(rates, bandwidth, turns)
+    return {name: None if value is None else asdict(value) for name, value in found.items()}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """A row for each engine: median times in ms, and in brackets the ratio to ours with its range."""
+    """Where it ran, the ratios, the times that they come from, and what ran together."""
+    groups = result["groups"]
+    rows = [(engine, group["counted"]) for group in groups for engine in group["engines"] if not engine["reason"]]
+    head = f"|---|{'--:|' * len(BURSTS)}"
     lines = [
-        f"| | load, s | anonymous, MiB | {' | '.join(f'{name}, ms' for name in BURSTS)} |",
-        f"|---|{'--:|' * (len(BURSTS) + 2)}",
-        *[_row(engine, result["counted"]) for engine in result["engines"] if not engine["reason"]],
-    ]
-    failed = [f"- {engine['name']}: {engine['reason']}" for engine in result["engines"] if engine["reason"]]
-    total = sum(1 for one in result["rounds"] if one["index"])
-    state = "undisturbed" if result["undisturbed"] else "ALL OF THEM DISTURBED"
-    lines += [
+        *_about(result),
+        f"| time over ours | {' | '.join(BURSTS)} |",
+        head,
+        *[_ratios(engine) for engine, _ in rows if engine["name"] != REFERENCE],
         "",
-        f"{len(result['counted'])} of {total} rounds count, {state}; decode per token; × ours: median (range).",
+        f"| ms (decode: per token) | {' | '.join(BURSTS)} | load, s | and first step | anonymous, MiB |",
+        f"{head}--:|--:|--:|",
+        *[_times(engine, turns) for engine, turns in rows],
+        "",
+        *[f"- {name}: {_ratio(value)}" for name, value in result["ours_alone"].items()],
+        *["- " + _together(group) for group in groups],
     ]
+    failed = [f"- {name}: {reason}" for name, reason in result["failed"].items()]
     return "\n".join([*lines, *(["", "Not measured:", *failed] if failed else [])])
 
 
-def _row(engine: dict[str, Any], counted: list[int]) -> str:
-    anonymous = engine["load"]["anonymous"]
-    memory = "–" if anonymous is None else f"{anonymous / 2**20:,.0f}"
-    cells = [engine["name"], f"{engine['load']['seconds']:.2f}", memory]
+def _about(result: dict[str, Any]) -> list[str]:
+    machine, shape = result["machine"], result["shape"]
+    memory = machine["memory"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return [
+        f"{machine['cpu']}, {machine['threads_used']} threads on {machine['usable_processors']} processors, "
+        f"{'unknown memory' if memory is None else f'{memory / 2**30:.0f} GiB'}, {machine['system']}, "
+        f"Python {machine['python']}; {versions}",
+        "",
+        f"{shape['layers']} layers of width {shape['hidden_size']}, {shape['intermediate_size']} in the feed-forward "
+        f"part, {shape['vocabulary']} rows in the head. Medians and ranges of the rounds that count.",
+        "",
+    ]
+
+
+def _ratio(value: dict[str, Any] | None) -> str:
+    return "–" if value is None else "{median:.2f} ({least:.2f}–{largest:.2f})".format(**value)
+
+
+def _ratios(engine: dict[str, Any]) -> str:
+    return f"| {' | '.join([engine['name'], *(_ratio(engine['ratios'].get(name)) for name in BURSTS)])} |"
+
+
+def _times(engine: dict[str, Any], turns: Sequence[int]) -> str:
+    cells = [engine["name"]]
     for name in BURSTS:
-        times = [seconds for turn, seconds in engine["times"].get(name, {}).items() if turn in counted]
-        against = engine["ratios"].get(name)
-        spread = "" if against is None else " ({median:.2f}×, {least:.2f}–{largest:.2f})".format(**against)
-        cells.append(f"{statistics.median(times) * 1e3:,.1f}{spread}" if times else "–")
+        times = [seconds for turn, seconds in engine["times"].get(name, {}).items() if turn in turns]
+        cells.append(f"{statistics.median(times) * 1e3:,.1f}" if times else "–")
+    load = engine["load"]
+    anonymous = load["anonymous"]
+    cells += [
+        f"{load['seconds']:.2f}",
+        f"{load['with_first_step']:.2f}",
+        "–" if anonymous is None else f"{anonymous / 2**20:,.0f}",
+    ]
     return f"| {' | '.join(cells)} |"
+
+
+def _together(group: dict[str, Any]) -> str:
+    total = sum(1 for one in group["rounds"] if one["index"])
+    state = "undisturbed" if group["undisturbed"] else "ALL OF THEM DISTURBED"
+    speeds = [max(one["bandwidth"].values()) / 1e9 for one in group["rounds"] if one["index"] in group["counted"]]
+    speed = f"{min(speeds):.1f} to {max(speeds):.1f} GB/s" if speeds else "no bandwidth"
+    names = ", ".join(engine["name"] for engine in group["engines"])
+    return f"together: {names}; {len(group['counted'])} of {total} rounds count, {state}, {speed}"
 
 
 def _percent(share: float | None) -> str:
@@ -307,10 +424,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=peer_models.SHAPES, default="7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--bundle", type=Path, help="take the shape of this bundle")
+    parser.add_argument("--bundle", type=Path, help="take the shape and the weights of this bundle")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=16, help="in a burst of decoding")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16, help="steps in a burst of decoding")
     parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path("peer-models"), help="where models are written")
     parser.add_argument("--json", type=Path)
@@ -332,23 +449,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = (
             peer_models.models_of_shape(options.work, options.shape, options.layers, report)
             if options.bundle is None
-            else peer_models.models_of_bundle(options.work, options.bundle)
+            else peer_models.models_of_bundle(options.work, options.bundle, report)
         )
-        spec = asdict(models.spec)
+        shape = asdict(models.spec)
     except BioMedGPTError as error:
         raise SystemExit(f"error: {error}") from error
-    facts = {"machine": describe(options.threads), "versions": _versions(), "shape": spec, "tokens": options.tokens}
-    match = Match(names, models, options.threads, options.tokens)
-    try:
-        match.load()
-        for turn in range(options.rounds + 1):
-            match.run_round(turn)
-    finally:
-        match.close()
-    result = as_result(match, facts)
+    facts = {"machine": describe(options.threads), "versions": _versions(), "shape": shape, "tokens": options.tokens}
+    sizes = {name: memory_of(name, models) for name in names}
+    room = _room(models)
+    groups, too_large = grouped(names, sizes, room)
+    left_out = {name: f"takes {sizes[name] / 2**30:.1f} GiB, too much beside ours" for name in too_large}
+    matches = []
+    for number, group in enumerate(groups):
+        report(f"together: {', '.join(group)}")
+        match = Match(group, models, options.threads, options.tokens, first=number == 0)
+        matches.append(match)
+        match.run(options.rounds)
+    result = as_result(matches, left_out, facts)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1))
     print(as_markdown(result))
+
+
+def _room(models: Models) -> int:
+    """Bytes for engines: what is free, without the probe's and what loading takes for a while."""
+    available = available_memory()
+    if available is None:
+        raise SystemExit("error: this system does not say how much memory is free, so that groups cannot be formed")
+    return int(0.95 * available - probe_bytes() - LOADING * models.decoder_bytes)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@contextmanager
+def benchmark_script(name: str) -> Iterator[ModuleType]:
+    """benchmarks/NAME.py as a module, which finds what lies beside it, as a script does."""
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module(name)
+    for added in set(sys.modules) - before:
+        file = getattr(sys.modules[added], "__file__", None)
+        if file is not None and Path(file).parent == BENCHMARKS:
+            del sys.modules[added]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 // int4 with AMX for many rows: one instruction multiplies 16 rows of 64 bytes by 64 times 16, and adds to 256 sums. Few
 // rows are as with AVX-512 VNNI, for they would leave tiles empty.
+#include "common/amx.h"
 #include "int4/int4_avx512.h"
 
 namespace biomedgpt {
@@ -12,23 +13,13 @@ static_assert(kInt4RowStep == 2 * kTileRows && kInt4PanelRows == 2 * kTileRows &
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of activations, 6 and 7 the two halves of a panel's rows, four columns each a
 // row.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    explicit TileConfig(int64_t columns) {
-        for (int i = 0; i < 8; ++i) {
-            row_bytes[i] = kTileBytes;
-            rows[i] = kTileRows;
-        }
-        for (int i : {4, 5}) row_bytes[i] = static_cast<uint16_t>(columns);
-        for (int i : {6, 7}) rows[i] = static_cast<uint8_t>(columns / 4);
-    }
-};
-static_assert(sizeof(TileConfig) == 64);
+inline TileConfig tiles_of(int64_t columns) {
+    TileConfig config;
+    config.set(0, 3, kTileRows, kTileBytes);
+    config.set(4, 5, kTileRows, columns);
+    config.set(6, 7, columns / 4, kTileBytes);
+    return config;
+}
 
 // Signed values, so that no term is left for their zero point.
 inline void unpack_signed(const uint8_t* records, int64_t group, int64_t groups, uint8_t* unpacked) {
@@ -84,8 +75,7 @@ inline void add_to_totals(const int32_t* sums, const uint8_t* scales, const floa
 void multiply_tiles(const Int4Tile& tile, int64_t rows) {
     const int64_t columns = tile.group < kTileBytes ? tile.group : kTileBytes;
     const int64_t record_bytes = tile.record_bytes();
-    const TileConfig config(columns);
-    _tile_loadconfig(&config);
+    configure_tiles(tiles_of(columns));
     for (int64_t row = 0; row < rows; row += kInt4RowStep) {
         const int64_t count = rows - row < kInt4RowStep ? rows - row : kInt4RowStep;
         for (int64_t g = 0; g < tile.groups; ++g) {

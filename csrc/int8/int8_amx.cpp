@@ -1,6 +1,7 @@
 // int8 with AMX: one instruction multiplies 16 rows of 64 signed bytes by 64 times 16, and adds to 256 sums.
 #include <immintrin.h>
 
+#include "common/amx.h"
 #include "int8/int8_kernel.h"
 
 namespace biomedgpt {
@@ -13,21 +14,11 @@ static_assert(kInt8RowStep == 2 * kTileRows && kInt8PanelRows == 2 * kTileRows &
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of activations, 6 and 7 the two halves of a panel's rows, four columns each a
 // row.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    TileConfig() {
-        for (int i = 0; i < 8; ++i) {
-            row_bytes[i] = kTileBytes;
-            rows[i] = kTileRows;
-        }
-    }
-};
-static_assert(sizeof(TileConfig) == 64);
+inline TileConfig all_tiles() {
+    TileConfig config;
+    config.set(0, 7, kTileRows, kTileBytes);
+    return config;
+}
 
 // The weights that come next, spread evenly over all steps: no step may wait for a memory that is busy.
 struct Ahead {
@@ -92,8 +83,7 @@ inline void multiply_step(const Int8Tile& tile, int64_t row, Ahead& ahead) {
 }
 
 void multiply_tiles(const Int8Tile& tile, int64_t rows) {
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    configure_tiles(all_tiles());
     Ahead ahead(tile, rows);
     for (int64_t row = 0; row < rows; row += kInt8RowStep) {
         if (rows - row > kTileRows) {

@@ -4,18 +4,13 @@
 
 #include <cstring>
 
+#include "common/amx.h"
 #include "probe/probe_loop.h"
 
 namespace biomedgpt {
 namespace {
 
 constexpr int kTileSums = 6, kTiles = 8, kRows = 16, kRowBytes = 64;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
 
 // The compiler's tile intrinsics do not say which memory they read and write.
 void memory_is_used(const void* memory) {
@@ -24,15 +19,11 @@ void memory_is_used(const void* memory) {
 
 double run(int64_t steps) {
     TileConfig config;
-    for (int tile = 0; tile < kTiles; ++tile) {
-        config.row_bytes[tile] = kRowBytes;
-        config.rows[tile] = kRows;
-    }
+    config.set(0, kTiles - 1, kRows, kRowBytes);
     alignas(64) uint8_t ones[kRows * kRowBytes];
     std::memset(ones, 1, sizeof ones);
-    memory_is_used(&config);
     memory_is_used(ones);
-    _tile_loadconfig(&config);
+    configure_tiles(config);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -1,5 +1,6 @@
 // splice with AMX: a processor's tile unit multiplies 16 x 32 by 32 x 16 bfloat16 numbers in one instruction. Sums stay
 // float32, subnormal operands count as zero.
+#include "common/amx.h"
 #include "splice/splice_avx512_bf16.h"
 
 namespace biomedgpt {
@@ -8,29 +9,14 @@ namespace {
 constexpr int64_t kTile = 16;  // rows of a tile, and 32-bit words in each
 constexpr int64_t kWord = sizeof(float);
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    TileConfig() {
-        for (int i = 0; i < 8; ++i) {
-            row_bytes[i] = kTile * kWord;
-            rows[i] = kTile;
-        }
-    }
-};
-static_assert(sizeof(TileConfig) == 64);
-
 // Tiles 0 to 3 are sums, 4 and 5 rows that are broadcast, as they lie, 6 and 7 panels, which have the layout that the
 // instruction wants: pairs of numbers, one lane after another.
 template <int kPanels>
 void multiply_tiles(const float* panel, const float* broadcast, int64_t words, float* tile) {
     constexpr int64_t kLanes = kPanels * kTile;
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    TileConfig config;
+    config.set(0, 7, kTile, kTile * kWord);
+    configure_tiles(config);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

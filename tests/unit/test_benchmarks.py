@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -18,21 +17,12 @@ import numpy as np
 import pytest
 
 from biomedgpt_edge import _native
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from support import BENCHMARKS, benchmark_script
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Any]:
-    """benchmarks/kernels.py, which finds what lies beside it, as a script does."""
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", FOLDER / "kernels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with benchmark_script("kernels") as module:
         yield module
 
 
@@ -40,7 +30,7 @@ def kernels() -> Iterator[Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """One smoke run: its JSON and its table."""
     file = tmp_path_factory.mktemp("benchmark") / "kernels.json"
-    command = [sys.executable, str(FOLDER / "kernels.py"), "--quick", "--threads", "1", "--json", str(file)]
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--quick", "--threads", "1", "--json", str(file)]
     # The interpreter's own path, so that the package this test imports is the one that is measured.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

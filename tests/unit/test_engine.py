@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from biomedgpt_edge import Engine, Molecule, Piece, Protein
+from biomedgpt_edge.decoder.kv_cache import KvLayout
 from biomedgpt_edge.decoder.onnx import OnnxDecoder, OnnxState, _allocate
 from biomedgpt_edge.errors import (
     ClosedError,
@@ -223,7 +224,7 @@ def test_a_kv_cache_that_no_memory_holds_is_an_error_with_its_size(tiny_bundle_f
     bundle = Engine.load(tiny_bundle_fp32).bundle
     spec = dataclasses.replace(bundle.manifest.decoder, head_size=2**12, kv_heads=2**12, layers=2**10)
     with pytest.raises(PlatformError, match=r"KV cache of 1,000,000 positions takes .* GiB"):
-        _allocate(spec, 10**6)
+        _allocate(KvLayout.rows(spec), 10**6)
 
 
 @pytest.mark.parametrize(

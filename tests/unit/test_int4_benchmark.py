@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from support import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
-    """benchmarks/int4_linear.py, which finds what lies beside it, as a script does."""
-    spec = importlib.util.spec_from_file_location("int4_benchmark", FOLDER / "int4_linear.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with benchmark_script("int4_linear") as module:
         yield module
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,65 @@ import pytest
 
 from biomedgpt_edge.bench.limits import Limits
 from biomedgpt_edge.bench.statistics import Round
+from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.engine import DEMO_BUNDLE
+from biomedgpt_edge.manifest import PORTABLE, RECORDS
+from support import benchmark_script, bytes_of_linears
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 QUIET = Round(1, "serve", 1.0, 0.0, {"one stream": 1e10}, {})
 
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[Any]:
-    """benchmarks/peers.py, which finds what lies beside it, as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("peers")
-    for name in ("peers", "peer_engines", "peer_models"):
-        sys.modules.pop(name, None)
+    with benchmark_script("peers") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def models(peers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return peers.Models(DEMO_BUNDLE, tmp_path_factory.mktemp("models"))
+    """Of the demo bundle."""
+    return of_bundle(peers, tmp_path_factory.mktemp("models"), DEMO_BUNDLE)
+
+
+def of_bundle(peers: Any, folder: Path, bundle: Path) -> Any:
+    return peers.peer_models.models_of_bundle(folder, bundle, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def logits_of_ours(peers: Any, models: Any) -> list[float]:
+    return logits_of(peers, models, "ours")
+
+
+def logits_of(peers: Any, models: Any, name: str) -> list[float]:
+    """Of an engine that has forgotten a sequence before; in its own process, as some leave registers set."""
+    peer = peers.Peer(name, models, 1)
+    try:
+        logits: list[float] = peer.ask(do="load")["logits"]
+        return logits
+    finally:
+        peer.close()
+
+
+def test_both_layouts_are_there_whichever_was_given(peers: Any, models: Any, tmp_path: Path) -> None:
+    for given in (models.records, models.portable):
+        found = of_bundle(peers, tmp_path, given)
+        layouts = [Bundle.open(path).manifest.decoder.layout for path in (found.records, found.portable)]
+        assert layouts == [RECORDS, PORTABLE]
+        assert given in (found.records, found.portable)
+
+
+def test_a_shape_becomes_a_bundle_in_both_layouts_and_leaves_no_checkpoint(peers: Any, tmp_path: Path) -> None:
+    lines: list[str] = []
+    models = peers.peer_models.models_of_shape(tmp_path, "tiny", 1, lines.append)
+    assert Bundle.open(models.records).manifest.decoder.layout == RECORDS
+    assert Bundle.open(models.portable).manifest.decoder.layout == PORTABLE
+    assert models.spec.layers == 1
+    assert {path.name for path in models.folder.iterdir()} == {"records", "portable"}
+    written = len(lines)
+    assert peers.peer_models.models_of_shape(tmp_path, "tiny", 1, lines.append) == models
+    assert len(lines) == written  # nothing was made twice
+    with pytest.raises(ValueError, match=r"down_proj has .* rows of 344 values, no whole number of groups of 32"):
+        peers.peer_models.Weights(models.portable).matrix("down", 0)
 
 
 def test_ratios_are_of_the_same_round_and_of_rounds_that_count(peers: Any) -> None:
@@ -42,41 +83,88 @@ def test_ratios_are_of_the_same_round_and_of_rounds_that_count(peers: Any) -> No
     assert peers.ratio(peer, {}, [1, 2]) is None
 
 
-def test_disturbed_rounds_do_not_count_unless_all_are(peers: Any, models: Any) -> None:
-    match = peers.Match(["ours"], models, 1, 1)
-    match.rounds = [replace(QUIET, index=0), replace(QUIET, foreign_cpu=0.5), replace(QUIET, index=2)]
-    assert match.counted() == ([2], True)
-    match.rounds = [replace(QUIET, index=0), replace(QUIET, foreign_cpu=0.5)]
-    assert match.counted() == ([1], False)
+def test_disturbed_rounds_do_not_count_unless_all_are(peers: Any) -> None:
+    rounds = [replace(QUIET, index=index) for index in range(3)]
+    assert peers.counted(rounds, [("warm-up",), ("busy",), ()]) == ([2], True)
+    assert peers.counted(rounds, [("warm-up",), ("busy",), ("slow",)]) == ([1, 2], False)
 
 
-@pytest.mark.parametrize("peer", ["onnxruntime", "onnxruntime-genai"])
-def test_contestants_on_one_graph_agree(peers: Any, models: Any, peer: str) -> None:
+def test_a_group_is_held_against_the_best_bandwidth_of_all(peers: Any, models: Any) -> None:
+    matches = [peers.Match(["ours"], models, 1, 1) for _ in range(2)]
+    matches[0].rounds = [replace(QUIET, index=0), QUIET]
+    matches[1].rounds = [replace(QUIET, index=0), replace(QUIET, bandwidth={"one stream": 8e9})]
+    groups = peers.as_result(matches, {}, {})["groups"]
+    assert [(group["counted"], group["undisturbed"]) for group in groups] == [([1], True), ([1], False)]
+
+
+def test_engines_that_do_not_fit_together_run_in_groups_with_ours_in_each(peers: Any) -> None:
+    sizes = {"ours": 4, "a": 5, "b": 5, "c": 6, "huge": 17, "d": 1}
+    groups, too_large = peers.grouped(list(sizes), sizes, 20)
+    assert groups == [["ours", "a", "b", "c"], ["ours", "d"]]
+    assert too_large == ["huge"]
+    assert peers.grouped(["a", "b"], sizes, 5) == ([["a"], ["b"]], [])
+    assert peers.grouped(["ours"], sizes, 20) == ([["ours"]], [])
+
+
+# engine -> the module that it needs
+PEERS = {
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-genai": "onnxruntime_genai",
+    "llama.cpp-q4_0": "llama_cpp",
+    "llama.cpp-q4_k": "llama_cpp",
+    "openvino": "openvino",
+    "openvino-f32": "openvino",
+    "torch-bf16": "transformers",
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_contestants_compute_with_the_same_weights(
+    peers: Any, models: Any, logits_of_ours: list[float], peer: str
+) -> None:
     """So that none is fast because it computes something else."""
-    if peer == "onnxruntime-genai":
-        pytest.importorskip("onnxruntime_genai")
-    engines = sys.modules["peer_engines"]
-    logits = []
-    for name in ("ours", peer):
-        engine = engines.ENGINES[name](models, 1)
-        for _ in range(2):  # a sequence that was forgotten leaves nothing behind
-            engine.clear(8)
-            engine.append([5, 6, 7])
-            engine.append([8])
-            last = np.array(engine.append([9, 10]))
-        logits.append(last)
-    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    if find_spec(PEERS[peer]) is None:
+        pytest.skip(f"{PEERS[peer]} is not installed")
+    assert peers.difference(logits_of(peers, models, peer), logits_of_ours) < 0.05
 
 
 def test_who_computes_something_else_is_not_timed(peers: Any, models: Any) -> None:
-    match = peers.Match(list(sys.modules["peer_engines"].SAME_WEIGHTS), models, 1, 1)
-    first, second, third, _ = match.standings
-    match._check(first, [1.0, -4.0])
-    match._check(second, [1.1, -4.1])
-    for wrong in ([1.3, -4.0], [1.0, float("nan")], [1.0]):
-        with pytest.raises(peers.EngineFailed, match="computes something else"):
+    match = peers.Match(["ours", "onnxruntime", "torch-bf16"], models, 1, 1)
+    first, second, third = match.standings
+    match._check(first, [3.0, -4.0])
+    match._check(second, [3.3, -4.2])
+    for wrong in ([3.0, -2.5], [3.0, float("nan")], [3.0]):
+        with pytest.raises(peers.EngineFailed, match=r"computes something else: .* off those of ours"):
             match._check(third, wrong)
-    match._check(peers.Standing("torch-bf16"), [9.0])  # with weights of its own
+
+
+def test_guesses_have_the_logits_of_steps_and_can_be_taken_back(peers: Any, models: Any) -> None:
+    engine = sys.modules["peer_engines"].Ours(models, 1)
+    engine.clear(8)
+    engine.append([5, 6, 7])
+    guessed = np.array(engine.guess([8, 9]))
+    engine.take_back(2)
+    for logits, token in zip(guessed, [8, 9], strict=True):
+        np.testing.assert_allclose(engine.append([token]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_layers_alone_read_every_record_of_the_decoder_and_nothing_else(peers: Any, models: Any) -> None:
+    bundle = Bundle.open(models.records)
+    engines, weights = sys.modules["peer_engines"], peers.peer_models.Weights(models.portable)
+    layers = engines.LinearLayers(models, 1)
+    assert layers.bytes == bytes_of_linears(bundle.file(bundle.manifest.decoder.graph))
+    # The outputs of a width share an array; the head is alone in its own.
+    layers.run()
+    source, logits = (next(a for a in layers._arrays if a.shape[1] == width) for width in (256, 1025))
+    expected = source[0] @ weights.head().dequantized().T
+    assert peers.difference(logits[0], expected) < 0.02
+
+
+def test_bursts_of_ours_are_for_ours_alone(peers: Any, models: Any) -> None:
+    worker = sys.modules["peer_engines"].Worker("onnxruntime", models, 1)
+    worker.answer({"do": "load"})
+    with pytest.raises(TypeError, match="asked PlainOnnxRuntime for a burst of ours"):
+        worker.answer({"do": "rows", "depth": 4, "rows": 2, "tokens": 1, "seed": 0})
 
 
 def test_an_engine_that_is_not_installed_is_named(peers: Any, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,21 +179,45 @@ def test_an_engine_that_is_not_installed_is_named(peers: Any, models: Any, monke
 
 
 def test_an_engine_that_breaks_is_named_with_its_last_words(peers: Any, models: Any) -> None:
-    peer = peers.Peer("ours", replace(models, bundle=Path("no such bundle")), 1)
+    missing = Path("no such bundle")
+    peer = peers.Peer("ours", replace(models, records=missing, portable=missing), 1)
     with pytest.raises(peers.EngineFailed, match="does not exist"):
         peer.ask(do="load")
     peer.close()
 
 
-def test_a_gguf_of_random_blocks_has_the_shape_of_the_bundle(peers: Any, models: Any) -> None:
+@pytest.mark.parametrize(("kind", "error"), [("Q4_0", 0.0), ("Q4_K", 0.015), ("Q6_K", 0.01)])
+def test_blocks_of_llama_cpp_hold_the_weights(peers: Any, kind: str, error: float) -> None:
+    """``error`` is of the largest weight."""
     gguf = pytest.importorskip("gguf")
-    path = sys.modules["peer_models"].gguf_file(models, "Q4_0")
+    rng = np.random.default_rng(0)
+    scales = rng.uniform(0.003, 0.006, (5, 4)) * rng.choice([-1, 1], (5, 4))
+    levels = rng.integers(0, 16, (5, 512), np.uint8)
+    matrix = peers.peer_models.Matrix(levels, scales.astype(np.float16))
+    blocks = getattr(sys.modules["peer_gguf"], kind.lower())(matrix)
+    held = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    expected = matrix.dequantized()
+    assert np.abs(held - expected).max() <= error * np.abs(expected).max()
+
+
+def test_a_gguf_has_the_shape_of_the_bundle_and_its_weights(peers: Any, models: Any) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = sys.modules["peer_gguf"].gguf_file(models, "Q4_0")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
     spec = models.spec
     assert len(tensors) == 3 + 9 * spec.layers
     down = tensors["blk.0.ffn_down.weight"]
     assert [int(size) for size in down.shape] == [spec.intermediate_size, spec.hidden_size]
     assert down.tensor_type == gguf.GGMLQuantizationType.Q4_0
+    expected = peers.peer_models.Weights(models.portable).matrix("down", 0).dequantized()
+    np.testing.assert_array_equal(gguf.quants.dequantize(down.data, down.tensor_type), expected)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(peers: Any) -> None:
+    pytest.importorskip("gguf")
+    tensor = sys.modules["peer_gguf"]._Tensor("name", "Q4_K", (2, 384), lambda: None)
+    with pytest.raises(ValueError, match="rows of 384 values are no whole number of Q4_K blocks of 256"):
+        tensor.layout()
 
 
 def test_a_match_writes_every_time_and_names_who_is_missing(
@@ -114,17 +226,32 @@ def test_a_match_writes_every_time_and_names_who_is_missing(
     limits = Limits(2**26, {"one stream": 1e10}, {})
     monkeypatch.setattr(peers, "probe", lambda threads, size: limits)
     monkeypatch.setattr(peers, "PAUSE", 0)
-    monkeypatch.setitem(peers.BURSTS, "impossible", {"do": "nothing"})
+    monkeypatch.setattr(peers, "grouped", lambda names, sizes, room: ([["ours"], names[:2]], names[2:]))
     out = tmp_path / "peers.json"
-    shape = ["--bundle", str(DEMO_BUNDLE), "--work", str(tmp_path), "--engines", "ours"]
+    shape = ["--bundle", str(DEMO_BUNDLE), "--work", str(tmp_path), "--engines", "ours,onnxruntime,torch-bf16"]
     peers.main([*shape, "--threads", "1", "--rounds", "1", "--tokens", "3", "--json", str(out)])
-    (engine,) = json.loads(out.read_text())["engines"]
-    assert engine["reason"] == "KeyError: 'nothing'"  # and what it did before is kept
-    assert [len(tokens) for tokens in engine["tokens"].values()] == [3]
-    assert set(engine["times"]) == set(peers.BURSTS) - {"impossible"}
-    printed = capsys.readouterr().out
-    assert "Not measured:" in printed
-    assert f"- ours: {engine['reason']}" in printed
+    written, printed = json.loads(out.read_text()), capsys.readouterr().out
+    (ours,), (_, peer) = (group["engines"] for group in written["groups"])
+    assert set(ours["times"]) == {*peers.BURSTS, *peers.BURSTS_OF_OURS}  # of the second group, not again
+    assert set(peer["times"]) == set(peers.BURSTS)
+    assert [len(tokens) for tokens in peer["tokens"].values()] == [1, 3]
+    assert all(value["rounds"] == 1 for value in peer["ratios"].values())
+    assert len(written["ours_alone"]) == 4
+    assert "| onnxruntime | " in printed
+    assert "- linear layers, share of the bandwidth: " in printed
+    assert "- together: ours, onnxruntime; 1 of 1 rounds count" in printed
+    assert re.search(r"Not measured:\n- torch-bf16: takes 0.\d GiB, too much beside ours", printed)
+
+
+def test_what_an_engine_did_before_it_broke_is_kept(peers: Any, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "probe", lambda threads, size: Limits(2**26, {"one stream": 1e10}, {}))
+    monkeypatch.setitem(peers.BURSTS, "impossible", {"do": "nothing"})
+    match = peers.Match(["ours"], models, 1, 1)
+    match.run(1)
+    (standing,) = match.standings
+    assert standing.reason == "KeyError: 'nothing'"
+    assert set(standing.times) == set(peers.BURSTS) - {"impossible"}
+    assert peers.as_result([match], {}, {})["failed"] == {"ours": standing.reason}
 
 
 @pytest.mark.parametrize(

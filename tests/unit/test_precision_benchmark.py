@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,35 +12,24 @@ import pytest
 
 from biomedgpt_export.calibration import read_examples
 from biomedgpt_export.demo.proteins import ProteinRecord
+from support import benchmark_script
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 QUESTIONS = [
     {"question": "What is this?", "sequence": "MAKEDTLEFPGVVKELLPNATFRV", "answer": "A factor."},
     {"question": "What is this?", "smiles": "CCO", "answer": "Ethanol."},
 ]
 
 
-def script(name: str) -> Iterator[Any]:
-    """One of the benchmarks, which finds what lies beside it, as a script does."""
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+@pytest.fixture(scope="module")
+def precision() -> Iterator[Any]:
+    with benchmark_script("precision") as module:
         yield module
 
 
 @pytest.fixture(scope="module")
-def precision() -> Iterator[Any]:
-    yield from script("precision")
-
-
-@pytest.fixture(scope="module")
 def demo_questions() -> Iterator[Any]:
-    yield from script("demo_questions")
+    with benchmark_script("demo_questions") as module:
+        yield module
 
 
 @pytest.fixture
