@@ -51,9 +51,8 @@ from .graphs.decoder import build_decoder
 from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.int4_ops import write_portable
-from .graphs.int8_ops import write_with_int8_ops
 from .graphs.linear import Linears
-from .layouts import write_in_records
+from .layouts import write_encoder_in_records, write_in_records
 from .memory import available_memory
 from .options import ExportOptions
 from .plan import Plan
@@ -163,6 +162,7 @@ class _Export:
     report: Report
     smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
     portable: PortableGraph | None = None
+    portable_encoder: PortableGraph | None = None
 
     def weights(self, key: str) -> torch.Tensor:
         """One tensor of the checkpoint.
@@ -320,7 +320,8 @@ class _Export:
         with self._graph(name) as graph:
             build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
         if in_records:
-            count = write_with_int8_ops(self.staging / name, self.staging / PROTEIN_ENCODER)
+            target = self.staging / PROTEIN_ENCODER
+            count, self.portable_encoder = write_encoder_in_records(self.staging / name, target)
             _unlink_graph(self.staging / name)
             self.report(f"protein encoder in records, {count} linear layers")
         return linears
@@ -357,7 +358,7 @@ class _Export:
                 portable=self.portable,
             ),
             molecule_encoder=None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
-            protein_encoder=None if esm is None else _protein_spec(esm),
+            protein_encoder=None if esm is None else _protein_spec(esm, self.portable_encoder),
             tensors=FILES,
             prompt=family.template,
             policy=self._policy,
@@ -465,9 +466,16 @@ def _unlink_graph(graph: Path) -> None:
         path.unlink()
 
 
-def _protein_spec(esm: EsmConfig) -> ProteinEncoderSpec:
+def _protein_spec(esm: EsmConfig, portable: PortableGraph | None) -> ProteinEncoderSpec:
     return ProteinEncoderSpec(
-        PROTEIN_ENCODER, esm.layers, esm.hidden_size, esm.heads, esm.intermediate_size, esm.norm_eps
+        graph=PROTEIN_ENCODER,
+        layers=esm.layers,
+        width=esm.hidden_size,
+        heads=esm.heads,
+        intermediate_size=esm.intermediate_size,
+        norm_eps=esm.norm_eps,
+        layout=PORTABLE if portable is None else RECORDS,
+        portable=portable,
     )
 
 

@@ -15,8 +15,8 @@ from .choices import Report
 from .errors import ExportError
 from .exporter import DECODER, PROTEIN_ENCODER
 from .graphs.int4_ops import write_portable
-from .graphs.int8_ops import has_int8_products, write_portable_int8, write_with_int8_ops
-from .layouts import write_in_records
+from .graphs.int8_ops import has_int8_products, write_portable_int8
+from .layouts import write_encoder_in_records, write_in_records
 from .options import DECODER_LAYOUTS, DecoderLayout
 from .plan import Plan
 
@@ -83,23 +83,25 @@ def _write_encoder(bundle: Bundle, layout: DecoderLayout, target: Path) -> Prote
     old = bundle.manifest.protein_encoder
     if old is None or not has_int8_products(bundle.file(old.graph)):
         return old
-    write = write_with_int8_ops if layout == "records" else write_portable_int8
-    write(bundle.file(old.graph), target)
-    return replace(old, graph=target.name)
+    portable = None
+    if layout == "records":
+        _, portable = write_encoder_in_records(bundle.file(old.graph), target)
+    else:
+        write_portable_int8(bundle.file(old.graph), target)
+    return replace(old, graph=target.name, layout=DECODER_LAYOUTS[layout], portable=portable)
 
 
 def _kept(bundle: Bundle, encoder: ProteinEncoderSpec | None) -> list[FileEntry]:
     """The files that are not those of a graph that was written again."""
     old = bundle.manifest
-    gone = _files_of(bundle, old.decoder.graph)
-    if old.decoder.portable is not None:
-        gone.add(old.decoder.portable.graph)
+    gone = _files_of(bundle, old.decoder)
     if old.protein_encoder is not None and encoder is not old.protein_encoder:
-        gone |= _files_of(bundle, old.protein_encoder.graph)
+        gone |= _files_of(bundle, old.protein_encoder)
     return [entry for entry in old.files if entry.path not in gone]
 
 
-def _files_of(bundle: Bundle, graph: str) -> set[str]:
-    """A graph's file and those that hold its weights."""
-    folder = PurePosixPath(graph).parent
-    return {graph, *(str(folder / tensor.location) for tensor in read_header(bundle.file(graph)).tensors)}
+def _files_of(bundle: Bundle, spec: DecoderSpec | ProteinEncoderSpec) -> set[str]:
+    """Files of a part's graphs and those that hold its weights."""
+    folder, tensors = PurePosixPath(spec.graph).parent, read_header(bundle.file(spec.graph)).tensors
+    graphs = {spec.graph} if spec.portable is None else {spec.graph, spec.portable.graph}
+    return graphs | {str(folder / tensor.location) for tensor in tensors}

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .decoder.tensor_names import ROPE_COS, ROPE_SIN
 from .errors import BundleCorruptError, BundleError, BundleNotFoundError, ManifestError, UnsafePathError
 from .manifest import (
     MANIFEST_NAME,
@@ -30,6 +29,7 @@ from .manifest import (
     FileEntry,
     Manifest,
     PortableGraph,
+    ProteinEncoderSpec,
     parse_manifest,
 )
 from .onnx_header import (
@@ -43,6 +43,7 @@ from .onnx_header import (
 from .onnx_products import contradictions
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
+from .tensor_names import ROPE_COS, ROPE_SIN
 from .tokenizer import Tokenizer
 
 _CHUNK = 2**22
@@ -189,18 +190,20 @@ class Bundle:
 
     def _check_graphs(self) -> None:
         """External tensors lie inside listed files, operators are those of bundles, quantized matrices as declared."""
-        manifest, decoder = self.manifest, self.manifest.decoder
-        records = decoder.layout == RECORDS
-        header = self._check_graph(decoder.graph, OPERATORS.union(DECODER_RECORDS_OPERATORS if records else ()))
-        if records:
-            _check_rotations(header, decoder)
-        if decoder.portable is not None:
-            self._check_portable(decoder.portable)
+        manifest = self.manifest
+        header = self._check_layouts(manifest.decoder, DECODER_RECORDS_OPERATORS)
+        if manifest.decoder.layout == RECORDS:
+            _check_rotations(header, manifest.decoder)
         if manifest.molecule_encoder is not None:
             self._check_graph(manifest.molecule_encoder.graph, OPERATORS)
         if manifest.protein_encoder is not None:
-            own = PROTEIN_RECORDS_OPERATORS if records else ()
-            self._check_graph(manifest.protein_encoder.graph, OPERATORS.union(own))
+            self._check_layouts(manifest.protein_encoder, PROTEIN_RECORDS_OPERATORS)
+
+    def _check_layouts(self, spec: DecoderSpec | ProteinEncoderSpec, own: Set[tuple[str, str]]) -> Header:
+        """A graph, which may have operators of its ``own`` where it lies in records, and the portable one beside it."""
+        if spec.portable is not None:
+            self._check_portable(spec.portable)
+        return self._check_graph(spec.graph, OPERATORS | own if spec.layout == RECORDS else OPERATORS)
 
     def _check_portable(self, portable: PortableGraph) -> None:
         """Its tensors lie in the file that is derived for it, and nowhere in the bundle."""

@@ -3,7 +3,7 @@
 * The stamp that says a bundle's hashes were checked once. It holds each file's inode, size and times, so a file that
   was replaced or rewritten is hashed again.
 * The keys and values of the template's beginnings.
-* The portable decoder of a bundle that lies in records, where that is used (see :mod:`decoder.portable`).
+* The portable decoder and protein encoder of a bundle in records, where they are used (see :mod:`portable`).
 * The soft tokens of molecules and proteins, where that is asked for. Nothing else of a question is ever written here.
 """
 

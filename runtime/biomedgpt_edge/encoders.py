@@ -9,6 +9,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .bundle import Bundle
+from .decoder.graph import Choice, ChosenGraph, choose, protein_encoder_graph
+from .device_cache import Verify
 from .errors import MissingModalityError
 from .inputs import Molecule, Protein
 from .int4_ops import register_int4_ops
@@ -21,11 +23,19 @@ Features = npt.NDArray[np.float32]
 
 
 class Encoders:
-    """Both encoders of a bundle."""
+    """Both encoders of a bundle.
 
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+    Args:
+        choice: which graphs are used; left out, the bundle's, or what is derived from them where these cannot be.
+        verify: how to look at what was derived before; see :meth:`Engine.load`.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int, choice: Choice | None = None, verify: Verify = "once") -> None:
         self._bundle = bundle
         self._threads = threads
+        self._choice = choice
+        self._verify: Verify = verify
+        self._protein_graph: ChosenGraph | None = None
         self._lock = threading.Lock()
         self._molecule: ort.InferenceSession | None = None
         self._protein: ort.InferenceSession | None = None
@@ -49,6 +59,7 @@ class Encoders:
 
         Raises:
             MissingModalityError: see :meth:`check`.
+            PlatformError, BundleCorruptError: the graph has to be derived, and cannot be; see :func:`decoder_graph`.
         """
         self.check(item)
         return self._encode_molecule(item) if isinstance(item, Molecule) else self._encode_protein(item)
@@ -98,15 +109,19 @@ class Encoders:
 
     def _protein_session(self) -> ort.InferenceSession:
         spec = self._bundle.manifest.protein_encoder
-        records = self._bundle.manifest.decoder.layout == RECORDS
         with self._lock:
             if self._protein is None and spec is not None:
+                graph = self._protein_graph
+                if graph is None:
+                    choice = choose(self._bundle) if self._choice is None else self._choice
+                    graph = protein_encoder_graph(self._bundle, spec, choice, self._verify)
+                self._protein_graph = graph
                 self._protein = open_session(
-                    self._bundle.file(spec.graph),
+                    graph.path,
                     threads=self._threads,
                     spinning=False,  # the projection comes next, with threads of its own
                     inputs={"residue_ids": ("tensor(int64)", [1, None])},
                     outputs={"residue_features": ("tensor(float)", [1, None, spec.width])},
-                    register=register_int4_ops if records else None,
+                    register=register_int4_ops if graph.layout == RECORDS else None,
                 )
             return self._protein

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
-from .decoder.graph import Wanted, choose, decoder_graph
+from .decoder.graph import Choice, Wanted, choose, decoder_graph
 from .decoder.kv_cache import KvElement, kv_layout
 from .decoder.onnx import OnnxDecoder
 from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
@@ -175,6 +175,8 @@ class Engine:
         decoder: Decoder,
         *,
         threads: int,
+        choice: Choice | None = None,
+        verify: Verify = "once",
         allow_16bit: bool | None = None,
         prefix_folder: ArrayFolder | None = None,
         soft_token_folder: ArrayFolder | None = None,
@@ -186,8 +188,9 @@ class Engine:
         self._allow_16bit = bundle.manifest.precision != "fp32" if allow_16bit is None else allow_16bit
         self._prefixes: TemplatePrefixes | None = TemplatePrefixes(decoder, bundle, prefix_folder)
         self._prefix_folder = prefix_folder
-        self._encoders = Encoders(bundle, threads=threads)
-        bits = f"{bundle.digest}, {identity(threads)}, 16 bits: {self._allow_16bit}"
+        self._encoders = Encoders(bundle, threads=threads, choice=choice, verify=verify)
+        derived = choice is not None and choice.derived
+        bits = f"{bundle.digest}, {identity(threads)}, 16 bits: {self._allow_16bit}, derived: {derived}"
         self._soft_tokens = SoftTokenCache(CACHE_BYTES, folder=soft_token_folder, identity=bits)
         self._threads = threads
         self._low_memory = low_memory
@@ -219,7 +222,8 @@ class Engine:
             decoder: "auto" is the bundle's own, or, where that lies in records and the operators for these cannot be
                 used here, the portable one, which a warning of the logger ``biomedgpt_edge`` says. "portable" asks
                 for that one; it is derived in the device cache, once, and takes as much space as the bundle's.
-                "records" takes no other than that.
+                "records" takes no other than that. A protein encoder in records goes with the decoder; it is derived
+                when the first protein is read.
             kv_cache: what the decoder's keys and values are stored as: "fp32", "fp16", or "int8" with a scale per
                 position and head. What has fewer bytes takes less memory and, in long texts, less time per token. Left
                 out, fp16 in records; a portable decoder has fp32 alone.
@@ -263,6 +267,8 @@ class Engine:
             bundle,
             loaded,
             threads=count,
+            choice=choice,
+            verify=verify,
             allow_16bit=allow_16bit,
             prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),
             soft_token_folder=ArrayFolder(SOFT_TOKENS, _SOFT_TOKEN_FOLDER_BYTES) if keep_soft_tokens else None,

@@ -1,4 +1,4 @@
-"""The int4 operators of csrc/ort in sessions of ONNX Runtime."""
+"""The operators of csrc/ort in sessions of ONNX Runtime: those of int4, and attention and int8 with them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LIBRARY = Path(_native.__file__).with_name("_ort_ops.so")
 
 
 def register_int4_ops(options: ort.SessionOptions) -> None:
-    """Lets sessions that are made with ``options`` have ``Int4Linear`` and ``Int4GateUp``; once for each of them.
+    """Lets sessions that are made with ``options`` have these operators; once for each of them.
 
     Raises:
-        PlatformError: ONNX Runtime is older than 1.17 or cannot load the library, or the operators compute a wrong
-            product on this processor.
+        PlatformError: ONNX Runtime is older than 1.17 or cannot load the library, or one of the operators computes
+            something wrong on this processor.
     """
     try:
         options.register_custom_ops_library(str(LIBRARY))

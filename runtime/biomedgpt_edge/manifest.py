@@ -18,13 +18,10 @@ from .prompt import PromptTemplate
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "biomedgpt-edge/bundle"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PORTABLE, RECORDS = "portable", "records-1"
 GRAPH_SUFFIX, DATA_SUFFIX = ".onnx", ".data"
 LAYOUTS = (PORTABLE, RECORDS)
-# What versions have added to the decoder, the newest first, with its value in bundles of older ones. What an older
-# version can say is written in it, since older runtimes read it.
-_ADDED: tuple[tuple[int, str, Any], ...] = ((3, "portable", None), (2, "layout", PORTABLE))
 MAX_MANIFEST_BYTES = 4 * 2**20
 _EXACT_IN_FLOAT = 2**53
 _RE_EXPORT = "Export or copy the bundle again."
@@ -39,6 +36,25 @@ class Range:
 
 
 @dataclass(frozen=True)
+class _Addition:
+    """A field that version ``since`` has added to ``part``, and its value in bundles of older ones."""
+
+    since: int
+    part: str
+    name: str
+    default: Any
+
+
+# What an older version can say is written in it, since older runtimes read it.
+_ADDED = (
+    _Addition(2, "decoder", "layout", PORTABLE),
+    _Addition(3, "decoder", "portable", None),
+    _Addition(4, "protein_encoder", "layout", PORTABLE),
+    _Addition(4, "protein_encoder", "portable", None),
+)
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """One file of the bundle; ``path`` is relative, with forward slashes."""
 
@@ -49,10 +65,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PortableGraph:
-    """The decoder for ONNX Runtime's own operators, beside one in records: ``graph`` is a file of the bundle.
+    """A graph for ONNX Runtime's own operators, beside one in records: ``graph`` is a file of the bundle.
 
     The tensors that it refers to lie in :attr:`data`, which is not in the bundle: what that holds is derived from the
-    records where it is needed (see :mod:`biomedgpt_edge.decoder.portable`), ``data_size`` bytes of SHA-256
+    records where it is needed (see :mod:`biomedgpt_edge.portable`), ``data_size`` bytes of SHA-256
     ``data_sha256``.
     """
 
@@ -102,7 +118,11 @@ class MoleculeEncoderSpec:
 
 @dataclass(frozen=True)
 class ProteinEncoderSpec:
-    """ESM-2 without its final LayerNorm, which is folded into the projection; ``norm_eps`` is that norm's."""
+    """ESM-2 without its final LayerNorm, which is folded into the projection; ``norm_eps`` is that norm's.
+
+    ``layout`` is ``records-1`` where matrices lie as the operators of csrc/int8 read them, which they do beside a
+    decoder in records alone; ``portable`` is there then, too.
+    """
 
     graph: str
     layers: Annotated[int, Range(1, 1024)]
@@ -110,6 +130,8 @@ class ProteinEncoderSpec:
     heads: Annotated[int, Range(1, 4096)]
     intermediate_size: Annotated[int, Range(1, 2**20)]
     norm_eps: Annotated[float, Range(1e-30, 1.0)]
+    layout: str = PORTABLE
+    portable: PortableGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -159,12 +181,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical text: the same manifest always gives the same bytes."""
-        fields: dict[str, Any] = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        for version, name, default in _ADDED:
-            if fields["decoder"][name] != default:
-                break
-            fields["schema_version"] = version - 1
-            del fields["decoder"][name]
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        there = [added for added in _ADDED if fields[added.part] is not None]
+        used = [added.since for added in there if fields[added.part][added.name] != added.default]
+        version = max(used, default=1)
+        for added in there:
+            if added.since > version:
+                del fields[added.part][added.name]
+        fields |= {"schema": SCHEMA, "schema_version": version}
         return json.dumps(fields, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -173,7 +197,7 @@ def parse_manifest(text: str) -> Manifest:
 
     Raises:
         ManifestError: not JSON, not a manifest, or a wrong field (named by its path).
-        BundleVersionError: written for a newer schema, or with a layout of the decoder that is not known here.
+        BundleVersionError: written for a newer schema, or with a layout that is not known here.
     """
     try:
         raw = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -198,51 +222,67 @@ def parse_manifest(text: str) -> Manifest:
         )
     body = {key: value for key, value in raw.items() if key not in ("schema", "schema_version")}
     manifest: Manifest = _read(Manifest, _with_additions(body, version), "manifest")
-    _check_decoder(manifest.decoder)
+    _check_layout("decoder", manifest.decoder)
+    if manifest.protein_encoder is not None:
+        _check_layout("protein_encoder", manifest.protein_encoder)
+        _check_encoder(manifest.protein_encoder, manifest.decoder)
     return manifest
 
 
-def _check_decoder(decoder: DecoderSpec) -> None:
-    if decoder.layout not in LAYOUTS:
+def _check_layout(part: str, spec: DecoderSpec | ProteinEncoderSpec) -> None:
+    what = part.replace("_", " ")
+    if spec.layout not in LAYOUTS:
         raise BundleVersionError(
-            f"the decoder lies in the layout {decoder.layout[:60]!r}, and this biomedgpt-edge reads "
+            f"the {what} lies in the layout {spec.layout[:60]!r}, and this biomedgpt-edge reads "
             f"{' and '.join(LAYOUTS)}.",
-            seen=decoder.layout[:60],
+            seen=spec.layout[:60],
             limit=", ".join(LAYOUTS),
             remedy="Update biomedgpt-edge, or export the bundle with --decoder-layout portable.",
         )
-    if decoder.portable is None:
+    if spec.portable is None:
         return
-    graph = decoder.portable.graph
-    if decoder.layout == PORTABLE:
+    graph = spec.portable.graph
+    if spec.layout == PORTABLE:
         raise ManifestError(
-            f"'manifest.decoder.portable' of {MANIFEST_NAME} is {graph[:60]!r}, and the decoder is portable itself.",
+            f"'manifest.{part}.portable' of {MANIFEST_NAME} is {graph[:60]!r}, and the {what} is portable itself.",
             seen=graph[:60],
             remedy=_RE_EXPORT,
         )
     if PurePosixPath(graph).suffix != GRAPH_SUFFIX:
         raise ManifestError(
-            f"'manifest.decoder.portable.graph' of {MANIFEST_NAME} is {graph[:60]!r}, which does not end in "
+            f"'manifest.{part}.portable.graph' of {MANIFEST_NAME} is {graph[:60]!r}, which does not end in "
             f"{GRAPH_SUFFIX}.",
             seen=graph[:60],
             remedy=_RE_EXPORT,
         )
 
 
-def _with_additions(body: dict[str, Any], version: int) -> dict[str, Any]:
-    """The fields of ``version`` with those that were added to the decoder since."""
-    decoder = body.get("decoder")
-    if not isinstance(decoder, dict):
-        return body
-    added = {name: default for since, name, default in _ADDED if version < since}
-    unknown = sorted(added.keys() & decoder.keys())
-    if unknown:
+def _check_encoder(encoder: ProteinEncoderSpec, decoder: DecoderSpec) -> None:
+    """Which graphs are used is chosen once for both."""
+    if encoder.layout == RECORDS and (decoder.layout != RECORDS or encoder.portable is None):
+        missing = "a portable graph" if decoder.layout == RECORDS else "a decoder that does"
         raise ManifestError(
-            f"'manifest.decoder' of {MANIFEST_NAME} has unknown {', '.join(unknown)}: schema version {version} knows "
-            "none.",
-            remedy=_RE_EXPORT,
+            f"the protein encoder lies in {encoder.layout} without {missing}.", seen=encoder.layout, remedy=_RE_EXPORT
         )
-    return {**body, "decoder": {**decoder, **added}}
+
+
+def _with_additions(body: dict[str, Any], version: int) -> dict[str, Any]:
+    """The fields of ``version`` with those that were added to its parts since."""
+    extended = dict(body)
+    for part in dict.fromkeys(added.part for added in _ADDED):
+        fields = body.get(part)
+        if not isinstance(fields, dict):
+            continue
+        added = {entry.name: entry.default for entry in _ADDED if entry.part == part and version < entry.since}
+        unknown = sorted(added.keys() & fields.keys())
+        if unknown:
+            raise ManifestError(
+                f"'manifest.{part}' of {MANIFEST_NAME} has unknown {', '.join(unknown)}: schema version {version} "
+                "knows none.",
+                remedy=_RE_EXPORT,
+            )
+        extended[part] = {**fields, **added}
+    return extended
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,15 +18,15 @@ import pytest
 from onnx import GraphProto, TensorProto
 
 from biomedgpt_edge import Engine
+from biomedgpt_edge import portable as module
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder import portable as module
 from biomedgpt_edge.decoder.graph import choose, decoder_graph
-from biomedgpt_edge.decoder.portable import PAGE, derived_files
 from biomedgpt_edge.device_cache import locked
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.errors import BioMedGPTError, BundleCorruptError, ManifestError, PlatformError, UnsafePathError
 from biomedgpt_edge.manifest import PORTABLE
 from biomedgpt_edge.onnx_header import read_header
+from biomedgpt_edge.portable import PAGE, derived_files, of_decoder
 from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.graphs.stored import StoredWeights
@@ -60,7 +60,7 @@ def derivations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that were filled so far."""
     filled: list[Path] = []
     real = module._derive
-    monkeypatch.setattr(module, "_derive", lambda *arguments: (filled.append(arguments[2]), real(*arguments)))
+    monkeypatch.setattr(module, "_derive", lambda *arguments: (filled.append(arguments[1]), real(*arguments)))
     return filled
 
 
@@ -127,7 +127,7 @@ def test_it_is_derived_once_and_said_once(
 
 def test_it_lies_in_a_private_folder_named_after_the_bundle(tiny_bundle: Path, cache: Path) -> None:
     graph = derive(tiny_bundle)
-    assert graph.parent == cache / "portable" / f"{Bundle.open(tiny_bundle).digest}-{module.FORMAT}"
+    assert graph.parent == cache / "portable" / f"{Bundle.open(tiny_bundle).digest}-decoder-{module.FORMAT}"
     assert {path.stat().st_mode & 0o777 for path in (graph.parent, graph.parent.parent)} == {0o700}
     assert {path.name for path in graph.parent.iterdir()} == {PORTABLE_DECODER, DATA, "stamp.json"}
 
@@ -138,7 +138,7 @@ def test_a_cache_behind_a_link_is_no_hindrance(tiny_bundle: Path, tmp_path: Path
     monkeypatch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path / "link"))
     with Engine.load(tiny_bundle, threads=1, decoder="portable") as engine:
         assert engine.ask("?", max_new_tokens=1).token_ids
-    assert derived_files(Bundle.open(tiny_bundle), choose(Bundle.open(tiny_bundle), "portable").portable)[0].exists()  # type: ignore[arg-type]
+    assert derived_folder(tiny_bundle).exists()
 
 
 def truncate(data: Path) -> None:
@@ -226,10 +226,9 @@ def test_processes_that_need_it_at_once_derive_it_once(tiny_bundle: Path, deriva
 
 
 def derived_folder(path: Path) -> Path:
-    bundle = Bundle.open(path)
-    portable = bundle.manifest.decoder.portable
-    assert portable is not None
-    return derived_files(bundle, portable)[0].parent
+    derivation = of_decoder(Bundle.open(path))
+    assert derivation is not None
+    return derived_files(derivation)[0].parent
 
 
 # --- not half ---------------------------------------------------------------------------------------------------------
@@ -290,15 +289,15 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (bundle / "manifest.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
-def install(bundle: Path, change: Callable[[GraphProto], None]) -> None:
-    """Changes the portable graph, and what the manifest says of it."""
-    model = onnx.load(str(bundle / PORTABLE_DECODER), load_external_data=False)
+def install(bundle: Path, change: Callable[[GraphProto], None], name: str = PORTABLE_DECODER) -> None:
+    """Changes a portable graph, and what the manifest says of it."""
+    model = onnx.load(str(bundle / name), load_external_data=False)
     change(model.graph)
     content = model.SerializeToString()
-    (bundle / PORTABLE_DECODER).write_bytes(content)
+    (bundle / name).write_bytes(content)
 
     def describe(fields: dict[str, Any]) -> None:
-        entry = next(entry for entry in fields["files"] if entry["path"] == PORTABLE_DECODER)
+        entry = next(entry for entry in fields["files"] if entry["path"] == name)
         entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     edit(bundle, describe)

@@ -16,6 +16,7 @@ from biomedgpt_edge.manifest import (
     MAX_MANIFEST_BYTES,
     PORTABLE,
     RECORDS,
+    SCHEMA_VERSION,
     DecoderSpec,
     FileEntry,
     Manifest,
@@ -95,13 +96,13 @@ def test_a_manifest_that_cannot_be_written_as_json_is_not_written() -> None:
 
 def test_a_manifest_from_the_future_asks_for_an_update() -> None:
     with pytest.raises(BundleVersionError, match="Update biomedgpt-edge") as caught:
-        parse_manifest(changed("schema_version", 4))
-    assert (caught.value.seen, caught.value.limit) == (4, 3)
+        parse_manifest(changed("schema_version", SCHEMA_VERSION + 1))
+    assert (caught.value.seen, caught.value.limit) == (5, 4)
 
 
 def test_the_version_is_looked_at_before_fields_that_another_version_may_have() -> None:
     fields = raw()
-    fields["schema_version"] = 4
+    fields["schema_version"] = SCHEMA_VERSION + 1
     fields["later"] = True
     del fields["policy"]
     with pytest.raises(BundleVersionError):
@@ -206,6 +207,71 @@ def test_a_portable_graph_that_is_not_described_is_refused(value: str) -> None:
 def test_the_size_of_its_data_has_limits(size: int) -> None:
     with pytest.raises(ManifestError, match=r"portable\.data_size.*must lie between"):
         parse_manifest(WITH_PORTABLE.to_json().replace("4096", str(size)))
+
+
+# --- a protein encoder in records -------------------------------------------------------------------------------------
+
+ENCODER_IN_RECORDS = dataclasses.replace(
+    WITH_PORTABLE,
+    protein_encoder=dataclasses.replace(
+        MANIFEST.protein_encoder,  # type: ignore[arg-type]
+        layout=RECORDS,
+        portable=PortableGraph("other_encoder.onnx", 8192, "3" * 64),
+    ),
+)
+
+
+def of_encoder(**fields: Any) -> str:
+    """The text of a manifest with an encoder in records, some of whose fields are others."""
+    manifest = json.loads(ENCODER_IN_RECORDS.to_json())
+    manifest["protein_encoder"] |= fields
+    return json.dumps(manifest)
+
+
+def test_a_protein_encoder_in_records_has_a_version_that_older_runtimes_refuse() -> None:
+    fields = json.loads(ENCODER_IN_RECORDS.to_json())
+    assert fields["schema_version"] == 4
+    assert fields["protein_encoder"]["layout"] == "records-1"
+    assert fields["protein_encoder"]["portable"]["graph"] == "other_encoder.onnx"
+    assert parse_manifest(ENCODER_IN_RECORDS.to_json()) == ENCODER_IN_RECORDS
+
+
+def test_a_protein_encoder_that_is_portable_is_written_as_older_runtimes_read_it() -> None:
+    for manifest in (MANIFEST, IN_RECORDS, WITH_PORTABLE):
+        assert not {"layout", "portable"} & json.loads(manifest.to_json())["protein_encoder"].keys()
+
+
+def test_a_bundle_without_one_is_written_with_the_version_of_its_decoder() -> None:
+    without = dataclasses.replace(WITH_PORTABLE, protein_encoder=None)
+    assert json.loads(without.to_json())["schema_version"] == 3
+    assert parse_manifest(without.to_json()) == without
+
+
+def test_no_older_version_knows_of_them() -> None:
+    fields = json.loads(ENCODER_IN_RECORDS.to_json())
+    with pytest.raises(
+        ManifestError, match=r"'manifest\.protein_encoder'.* unknown layout, portable: schema version 3"
+    ):
+        parse_manifest(json.dumps({**fields, "schema_version": 3}))
+
+
+def test_its_layout_is_refused_by_name_where_it_is_not_known() -> None:
+    with pytest.raises(BundleVersionError, match=r"protein encoder lies in the layout 'records-2'"):
+        parse_manifest(of_encoder(layout="records-2"))
+
+
+def test_one_in_records_needs_a_portable_graph_and_a_decoder_in_records_beside_it() -> None:
+    with pytest.raises(ManifestError, match="lies in records-1 without a portable graph"):
+        parse_manifest(of_encoder(portable=None))
+    fields = json.loads(ENCODER_IN_RECORDS.to_json())
+    fields["decoder"] |= {"layout": PORTABLE, "portable": None}
+    with pytest.raises(ManifestError, match="lies in records-1 without a decoder that does"):
+        parse_manifest(json.dumps(fields))
+
+
+def test_a_portable_one_has_none_beside_it() -> None:
+    with pytest.raises(ManifestError, match=r"protein_encoder\.portable'.* and the protein encoder is portable itself"):
+        parse_manifest(of_encoder(layout=PORTABLE))
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

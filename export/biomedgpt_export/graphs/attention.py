@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-from biomedgpt_edge.decoder.tensor_names import ROPE_COS, ROPE_SIN
 from biomedgpt_edge.onnx_header import ATTENTION
+from biomedgpt_edge.tensor_names import ROPE_COS, ROPE_SIN
 
 from .builder import CONTRIB, GraphBuilder
 

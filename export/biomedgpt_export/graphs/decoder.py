@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from biomedgpt_edge.decoder.tensor_names import ROPE_COS, ROPE_SIN
+from biomedgpt_edge.tensor_names import ROPE_COS, ROPE_SIN
 
 from .attention import LAST_POSITION, Attention, length_input
 from .builder import CONTRIB, GraphBuilder

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from biomedgpt_edge.decoder.tensor_names import VALUES, layer_names, records_name
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, INT4_MATRICES
+from biomedgpt_edge.tensor_names import VALUES, layer_names, records_name
 
 from ..errors import ModelConfigError
 from ..quantize.int4 import GROUP_SIZES

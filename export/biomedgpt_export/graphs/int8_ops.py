@@ -14,13 +14,13 @@ from pathlib import Path
 import onnx
 
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, INT8_INPUTS
+from biomedgpt_edge.tensor_names import BIAS, INT8_RECORDS, INT8_VALUES, SCALES
 
 from .builder import CONTRIB, GraphBuilder
 from .int4_ops import adopt, adopt_signature
-from .records import INT8_RECORDS, packed_int8
+from .records import packed_int8
 from .stored import StoredWeights
 
-_VALUES, _SCALES, _BIAS = ".weight_int8", ".scales", ".bias"
 _LINEAR, _GELU, _ADD = (name for _, name in INT8_INPUTS)
 
 
@@ -65,9 +65,9 @@ class _Source:
         return {operator.output: operator for operator in found if operator is not None}
 
     def _operator(self, product: onnx.NodeProto) -> _Operator | None:
-        matrix = product.input[1].removesuffix(_VALUES)
+        matrix = product.input[1].removesuffix(INT8_VALUES)
         total = self.reader(product.output[0])
-        if total is None or total.op_type != "Add" or total.input[1] != matrix + _BIAS:
+        if total is None or total.op_type != "Add" or total.input[1] != matrix + BIAS:
             return None
         source, output = product.input[0], total.output[0]
         inside = (product.output[0],)
@@ -121,7 +121,7 @@ def write_with_int8_ops(source: Path, target: Path) -> int:
 
 def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeights) -> None:
     weight = stored.int8_weight(operator.matrix)
-    records = packed_int8(weight, stored.array(operator.matrix + _BIAS))
+    records = packed_int8(weight, stored.array(operator.matrix + BIAS))
     inputs = [operator.source, graph.tensor(operator.matrix + INT8_RECORDS, records, mapped=True)]
     if operator.residual:
         inputs.append(operator.residual)
@@ -129,14 +129,17 @@ def _add_operator(graph: GraphBuilder, operator: _Operator, stored: StoredWeight
     graph.node(operator.name, inputs, operator.output, domain=INT4_DOMAIN, N=rows, K=columns)
 
 
-def write_portable_int8(source: Path, target: Path) -> None:
+def write_portable_int8(source: Path, target: Path, *, on_pages: bool = False) -> None:
     """The inverse of :func:`write_with_int8_ops`: the same nodes and matrices, bit for bit.
+
+    Args:
+        on_pages: whether all tensors outside the graph file start on pages, as in what a box derives.
 
     Raises:
         FileExistsError: there are weights beside ``target`` already.
     """
     found = _Source(source)
-    graph = GraphBuilder(target)
+    graph = GraphBuilder(target, on_pages=on_pages)
     try:
         adopt_signature(graph, found.graph)
         for node in found.graph.node:
@@ -152,11 +155,11 @@ def write_portable_int8(source: Path, target: Path) -> None:
 def _add_nodes(graph: GraphBuilder, node: onnx.NodeProto, stored: StoredWeights) -> None:
     matrix, output = node.input[1].removesuffix(INT8_RECORDS), node.output[0]
     weight, bias = stored.int8_records(matrix)
-    values = graph.tensor(matrix + _VALUES, weight.values.numpy().T)
-    scales = graph.tensor(matrix + _SCALES, weight.scales.numpy())
+    values = graph.tensor(matrix + INT8_VALUES, weight.values.numpy().T)
+    scales = graph.tensor(matrix + SCALES, weight.scales.numpy())
     product = graph.node("DynamicQuantizeMatMul", [node.input[0], values, scales], f"{matrix}.product", domain=CONTRIB)
     summed = output if node.op_type == _LINEAR else f"{matrix}.sum"
-    graph.node("Add", [product, graph.tensor(matrix + _BIAS, bias)], summed)
+    graph.node("Add", [product, graph.tensor(matrix + BIAS, bias)], summed)
     if node.op_type == _GELU:
         graph.node("Gelu", [summed], output, domain=CONTRIB)
     elif node.op_type == _ADD:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from biomedgpt_edge.decoder.tensor_names import SCALES, VALUES
+from biomedgpt_edge.tensor_names import BIAS, INT8_VALUES, SCALES, VALUES
 
 from ..quantize.int4 import Int4Weight, WeightQuantizer
 from ..quantize.int8 import QMAX_PRODUCT, nearest_int8
@@ -78,7 +78,7 @@ class Linears:
             product = graph.node("MatMul", [source, stored], f"{name}.product")
         if bias is None:
             return product
-        return graph.node("Add", [product, graph.tensor(f"{name}.bias", bias.float().numpy())], f"{name}.sum")
+        return graph.node("Add", [product, graph.tensor(name + BIAS, bias.float().numpy())], f"{name}.sum")
 
     def emit_matrix(self, graph: GraphBuilder, source: str, matrix: Matrix, weights: Weights) -> str:
         """The same for a matrix that is found in a checkpoint."""
@@ -104,7 +104,7 @@ class Linears:
         self.int8_group_size = quantized.group_size
         if quantized.columns % quantized.group_size:
             self.padded.append(name)
-        packed = graph.tensor(f"{name}.weight_int8", quantized.packed.numpy())
+        packed = graph.tensor(name + INT8_VALUES, quantized.packed.numpy())
         inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
         return _product_in_groups(graph, name, quantized, inputs, self.activations)
 
@@ -150,12 +150,12 @@ def _product_in_groups(
 
 def _scales_in_groups(graph: GraphBuilder, name: str, quantized: Int4Weight | Int8GroupWeight) -> str:
     """Stored in fp16 and widened when the graph is loaded: the operator wants the activations' dtype."""
-    scales = graph.tensor(f"{name}{SCALES}", quantized.scales.flatten().numpy())
+    scales = graph.tensor(name + SCALES, quantized.scales.flatten().numpy())
     return graph.node("Cast", [scales], f"{name}.scales_fp32", to=onnx.TensorProto.FLOAT)
 
 
 def _emit_int8(graph: GraphBuilder, source: str, name: str, weight: torch.Tensor) -> str:
     quantized = nearest_int8(weight, QMAX_PRODUCT)
-    values = graph.tensor(f"{name}.weight_int8", quantized.values.T.contiguous().numpy())
-    scales = graph.tensor(f"{name}.scales", quantized.scales.numpy())
+    values = graph.tensor(name + INT8_VALUES, quantized.values.T.contiguous().numpy())
+    scales = graph.tensor(name + SCALES, quantized.scales.numpy())
     return graph.node("DynamicQuantizeMatMul", [source, values, scales], f"{name}.product", domain=CONTRIB)

@@ -11,9 +11,6 @@ from biomedgpt_edge import _native
 from ..quantize.int4 import GROUP_SIZES, Int4Weight
 from ..quantize.int8 import Int8Weight
 
-# Behind the name of the one matrix that an int8 operator has.
-INT8_RECORDS = ".records_int8"
-
 Records = npt.NDArray[np.uint8]
 
 

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from biomedgpt_edge.decoder.tensor_names import layer_names
 from biomedgpt_edge.onnx_header import INT4_MATRICES, INT8_INPUTS
+from biomedgpt_edge.tensor_names import INT8_RECORDS, INT8_VALUES, SCALES, layer_names
 
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
 from ..quantize.int8_groups import Int8GroupWeight
-from .records import INT8_RECORDS, unpacked, unpacked_int8
+from .records import unpacked, unpacked_int8
 
 ALL_ROWS = slice(None)
 
@@ -82,13 +82,13 @@ class StoredWeights:
 
     def int8(self, name: str) -> bool:
         """Whether the linear layer ``name`` is stored in int8."""
-        return f"{name}.weight_int8" in self._tensors or name in self._in_int8_records
+        return name + INT8_VALUES in self._tensors or name in self._in_int8_records
 
     def int8_weight(self, name: str) -> Int8Weight:
         """The linear layer ``name``, which is stored in int8 with one scale per output."""
         if name in self._in_int8_records:
             return self.int8_records(name)[0]
-        values, scales = self.array(f"{name}.weight_int8").T, self.array(f"{name}.scales")
+        values, scales = self.array(name + INT8_VALUES).T, self.array(name + SCALES)
         return Int8Weight(torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(scales.copy()))
 
     def int8_records(self, name: str) -> tuple[Int8Weight, npt.NDArray[np.float32]]:
@@ -114,8 +114,8 @@ class StoredWeights:
     def _quantized(self, name: str, rows: slice) -> Int4Weight | Int8Weight | Int8GroupWeight:
         if not self.int8(name):
             return self.int4(name, rows)
-        if f"{name}.weight_int8" in self._in_groups:
-            return Int8GroupWeight(*self._groups(f"{name}.weight_int8", name, rows))
+        if name + INT8_VALUES in self._in_groups:
+            return Int8GroupWeight(*self._groups(name + INT8_VALUES, name, rows))
         whole = self.int8_weight(name)
         return Int8Weight(whole.values[rows], whole.scales[rows])
 
@@ -123,7 +123,7 @@ class StoredWeights:
         """Packed values, their scales, columns and group size."""
         attributes = self._in_groups[packed_name]
         packed = torch.from_numpy(self.array(packed_name)[rows].copy())
-        scales = self._by_row(f"{name}.scales", attributes["N"], rows)
+        scales = self._by_row(name + SCALES, attributes["N"], rows)
         return packed, scales, attributes["K"], attributes["block_size"]
 
     def _by_row(self, name: str, count: int, rows: slice) -> torch.Tensor:

@@ -17,9 +17,9 @@ from ..bundle import Bundle
 from ..decoder.base import Embeddings
 from ..decoder.graph import Wanted, choose
 from ..decoder.kv_cache import KvElement
-from ..decoder.portable import derived_files
 from ..engine import DEMO_BUNDLE, Engine
 from ..inputs import Molecule, Protein
+from ..portable import derived_files, of_decoder, of_protein_encoder
 from ..prompt import Input
 from ..sampling import GenerationOptions, Sampler
 from ..splice import TokenPart, splice
@@ -360,9 +360,10 @@ def drop_from_page_cache(path: Path | None, decoder: Wanted) -> None:
         raise NotMeasured("this system has no posix_fadvise to drop files from the page cache with")
     bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
     files = [bundle.path / entry.path for entry in bundle.manifest.files]
-    portable = choose(bundle, decoder).portable
-    if portable is not None:
-        files += derived_files(bundle, portable)
+    if choose(bundle, decoder).derived:
+        derivations = filter(None, (of_decoder(bundle), of_protein_encoder(bundle)))
+        # The encoder's are there once a protein was read.
+        files += [path for one in derivations for path in derived_files(one) if path.exists()]
     del bundle
     for file in files:
         handle = os.open(file, os.O_RDONLY)

@@ -11,7 +11,7 @@ from ..device_cache import cache_folder, cache_use, clear_cache
 _MEANING = {
     "verified": "bundles whose hashes were checked",
     "prefixes": "keys and values of prompt templates",
-    "portable": "portable decoders of bundles in records",
+    "portable": "portable decoders and protein encoders of bundles in records",
     "soft_tokens": "molecules and proteins, with --keep-soft-tokens",
 }
 

@@ -148,6 +148,9 @@ def _decoder(bundle: Bundle) -> Iterator[Finding]:
         yield Finding("int4 operators", error.message, ok=False, remedy=error.remedy)
         return
     yield Finding("decoder", choice.description)
+    encoder = bundle.manifest.protein_encoder
+    if encoder is not None and encoder.layout == RECORDS:
+        yield Finding("protein encoder", choice.encoder_description(encoder))
     if choice.layout == RECORDS:
         yield Finding("int4 operators", f"{_native.int4_paths()[0]}; their self-test passed")
     elif choice.obstacle:

@@ -78,7 +78,8 @@ def _encoder_lines(manifest: Manifest) -> list[str]:
         + (f"GIN, {molecule.layers} layers, width {molecule.width}" if molecule else "not in this bundle"),
         "proteins    "
         + (
-            f"ESM-2, {protein.layers} layers, width {protein.width}, {protein.heads} heads"
+            f"ESM-2, {protein.layers} layers, width {protein.width}, {protein.heads} heads, "
+            f"{protein.layout}{_portable(protein.portable)}"
             if protein
             else "not in this bundle"
         ),

@@ -1,4 +1,4 @@
-"""Which graph computes a bundle's decoder on this machine."""
+"""Which graphs compute a bundle's decoder, and its protein encoder with it, on this machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..bundle import Bundle
 from ..device_cache import Verify
 from ..errors import OptionError, PlatformError
 from ..int4_ops import check_int4_ops
-from ..manifest import PORTABLE, RECORDS, PortableGraph
-from .portable import derived_graph
+from ..manifest import PORTABLE, RECORDS, DecoderSpec, ProteinEncoderSpec
+from ..portable import Derivation, derived_graph, of_decoder, of_protein_encoder
 
 Wanted = Literal["auto", "records", "portable"]
 WANTED: tuple[Wanted, ...] = ("auto", "records", "portable")
@@ -22,45 +22,51 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DecoderGraph:
+class ChosenGraph:
     """A graph file and its layout, one of ``manifest.LAYOUTS``."""
 
     path: Path
     layout: str
 
     @classmethod
-    def of(cls, bundle: Bundle) -> DecoderGraph:
+    def of(cls, bundle: Bundle, spec: DecoderSpec | ProteinEncoderSpec) -> ChosenGraph:
         """That of the bundle itself."""
-        decoder = bundle.manifest.decoder
-        return cls(bundle.file(decoder.graph), decoder.layout)
+        return cls(bundle.file(spec.graph), spec.layout)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout and why it is the one.
+    """Whether graphs in records are used, and why.
 
     Attributes:
-        layout: one of ``manifest.LAYOUTS``.
-        portable: the graph, where that is not the bundle's own, but has its data derived from it.
+        layout: of the decoder, one of ``manifest.LAYOUTS``.
+        derived: whether what lies in records gives way to portable graphs whose data is derived from it.
         obstacle: what keeps the operators for records from being used here; "" where nothing does or none are needed.
     """
 
     layout: str
-    portable: PortableGraph | None = None
+    derived: bool = False
     obstacle: str = ""
 
     @property
     def description(self) -> str:
-        """For people."""
-        if self.layout == RECORDS:
-            return f"{RECORDS}, computed with {_native.int4_paths()[0]}"
-        if self.portable is None:
+        """Of the decoder, for people."""
+        return self._describe(RECORDS if self.derived else self.layout, _native.int4_paths()[0])
+
+    def encoder_description(self, encoder: ProteinEncoderSpec) -> str:
+        """Of the protein encoder, for people."""
+        return self._describe(encoder.layout, _native.int8_paths()[0])
+
+    def _describe(self, stored: str, path: str) -> str:
+        if stored == PORTABLE:
             return f"{PORTABLE}, computed with ONNX Runtime's operators"
+        if not self.derived:
+            return f"{stored}, computed with {path}"
         return f"{PORTABLE}, derived in the device cache: {self.obstacle or 'it was asked for'}"
 
 
 def choose(bundle: Bundle, wanted: Wanted = "auto") -> Choice:
-    """Which graph is used where ``wanted`` is asked for; nothing is opened or derived.
+    """Which graphs are used where ``wanted`` is asked for; nothing is opened or derived.
 
     Raises:
         OptionError: the bundle has no such decoder.
@@ -86,7 +92,7 @@ def choose(bundle: Bundle, wanted: Wanted = "auto") -> Choice:
                 limit=spec.layout,
                 remedy=f"{_RELAYOUT} (--decoder-layout portable), or leave the choice to auto.",
             )
-        return Choice(PORTABLE, spec.portable)
+        return Choice(PORTABLE, derived=True)
     try:
         check_int4_ops()
     except PlatformError as error:
@@ -95,12 +101,12 @@ def choose(bundle: Bundle, wanted: Wanted = "auto") -> Choice:
         if wanted == "records":
             remedy = "Leave the choice of the decoder to auto: it takes the portable one then."
             raise PlatformError(error.message, seen=error.seen, remedy=remedy) from error
-        return Choice(PORTABLE, spec.portable, error.message)
+        return Choice(PORTABLE, derived=True, obstacle=error.message)
     return Choice(RECORDS)
 
 
-def decoder_graph(bundle: Bundle, choice: Choice, verify: Verify) -> DecoderGraph:
-    """The graph to open; what has to be derived is derived.
+def decoder_graph(bundle: Bundle, choice: Choice, verify: Verify) -> ChosenGraph:
+    """The decoder to open; what has to be derived is derived.
 
     Args:
         verify: how to look at what was derived before; see :meth:`Engine.load`.
@@ -110,7 +116,23 @@ def decoder_graph(bundle: Bundle, choice: Choice, verify: Verify) -> DecoderGrap
         BundleCorruptError: the bundle does not hold what it is to be derived from.
     """
     if choice.obstacle:
-        _log.warning("%s The portable decoder is used instead.", choice.obstacle)
-    if choice.portable is None:
-        return DecoderGraph.of(bundle)
-    return DecoderGraph(derived_graph(bundle, choice.portable, verify), choice.layout)
+        both = "decoder is" if of_protein_encoder(bundle) is None else "decoder and protein encoder are"
+        _log.warning("%s The portable %s used instead.", choice.obstacle, both)
+    return _graph(bundle, bundle.manifest.decoder, of_decoder(bundle), choice, verify)
+
+
+def protein_encoder_graph(bundle: Bundle, spec: ProteinEncoderSpec, choice: Choice, verify: Verify) -> ChosenGraph:
+    """The protein encoder to open, whose ``spec`` is the bundle's; otherwise as :func:`decoder_graph`."""
+    return _graph(bundle, spec, of_protein_encoder(bundle), choice, verify)
+
+
+def _graph(
+    bundle: Bundle,
+    spec: DecoderSpec | ProteinEncoderSpec,
+    derivation: Derivation | None,
+    choice: Choice,
+    verify: Verify,
+) -> ChosenGraph:
+    if derivation is None or not choice.derived:
+        return ChosenGraph.of(bundle, spec)
+    return ChosenGraph(derived_graph(derivation, verify), PORTABLE)

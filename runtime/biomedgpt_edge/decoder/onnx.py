@@ -26,7 +26,7 @@ from ..onnx_header import read_header
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
-from .graph import DecoderGraph
+from .graph import ChosenGraph
 from .kv_cache import KeyValues, KvElement, KvLayout, Values, kv_layout
 
 # Positions by which a KV cache grows. One large buffer would not grow by itself: numpy asks for huge pages from 4 MiB
@@ -60,10 +60,10 @@ class OnnxDecoder:
         bundle: Bundle,
         *,
         threads: int,
-        graph: DecoderGraph | None = None,
+        graph: ChosenGraph | None = None,
         kv_cache: KvElement | None = None,
     ) -> None:
-        graph = DecoderGraph.of(bundle) if graph is None else graph
+        graph = ChosenGraph.of(bundle, bundle.manifest.decoder) if graph is None else graph
         self.spec = bundle.manifest.decoder
         self.layout = graph.layout
         self.table = bundle.embeddings

@@ -1,4 +1,4 @@
-"""What tensors are called in decoder graphs of either layout: one is derived from the other."""
+"""What tensors are called in graphs of either layout: one is derived from the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 # Behind the name of a layer: values and scales of MatMulNBits; behind those of one or two, records.
 VALUES, SCALES, RECORDS = ".weight_int4", ".scales", ".records"
 _SEPARATOR = "+"
+# Behind the name of a layer in int8: values of DynamicQuantizeMatMul, whose scales are called as above; what is added
+# to its product; records of all three.
+INT8_VALUES, BIAS, INT8_RECORDS = ".weight_int8", ".bias", ".records_int8"
 # Cosines and sines by which queries and keys are rotated, float32 [positions, head_size / 2].
 ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"
 

@@ -1,0 +1,302 @@
+"""The data of a portable decoder or protein encoder, derived from one in records, in the device cache.
+
+The portable graph of such a bundle refers to tensors that no file of the bundle holds. ``<layer>.weight_int4`` and
+``<layer>.scales`` of a linear layer in records are its values and scales, unpacked (csrc/int4), and so are
+``<layer>.weight_int8``, by columns, ``<layer>.scales`` and ``<layer>.bias`` of one in int8 (csrc/int8); any other
+tensor is that of the same name in the records' graph, byte for byte. They follow each other by offset, each on the next
+page. The manifest says what they come to, size and SHA-256, so that what is derived is what was exported, or is not
+used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from .bundle import Bundle, sha256_of
+from .device_cache import PORTABLE, Verify, cache_folder, holds, locked, stamp
+from .errors import BundleCorruptError, PlatformError
+from .manifest import DecoderSpec, FileEntry, PortableGraph, ProteinEncoderSpec
+from .memory import mebibytes
+from .onnx_header import INT4_MATRICES, INT8_INPUTS, ExternalTensor, Header, Product, read_header
+from .onnx_products import RECORDS_GROUP_SIZES
+from .tensor_names import BIAS, INT8_RECORDS, INT8_VALUES, SCALES, VALUES, layer_names
+
+# Of a folder in the cache; another one would hold other files.
+FORMAT = 2
+PAGE = 4096
+_log = logging.getLogger(__name__)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A portable graph whose data is derived.
+
+    Attributes:
+        what: for people.
+        records: the graph that it is derived from, a file of the bundle.
+    """
+
+    bundle: Bundle
+    what: str
+    records: str
+    portable: PortableGraph
+
+
+def of_decoder(bundle: Bundle) -> Derivation | None:
+    """That of the decoder; None where there is nothing to derive."""
+    return _derivation(bundle, "decoder", bundle.manifest.decoder)
+
+
+def of_protein_encoder(bundle: Bundle) -> Derivation | None:
+    """That of the protein encoder; None where there is nothing to derive."""
+    return _derivation(bundle, "protein encoder", bundle.manifest.protein_encoder)
+
+
+def _derivation(bundle: Bundle, what: str, spec: DecoderSpec | ProteinEncoderSpec | None) -> Derivation | None:
+    return None if spec is None or spec.portable is None else Derivation(bundle, what, spec.graph, spec.portable)
+
+
+def derived_files(derivation: Derivation) -> tuple[Path, Path]:
+    """Where the portable graph and its data lie once they were derived.
+
+    Raises:
+        PlatformError: there is no place for them; see :func:`cache_folder`.
+    """
+    portable, part = derivation.portable, derivation.what.replace(" ", "_")
+    folder = cache_folder() / PORTABLE / f"{derivation.bundle.digest}-{part}-{FORMAT}"
+    return folder / PurePosixPath(portable.graph).name, folder / portable.data
+
+
+def derived_graph(derivation: Derivation, verify: Verify) -> Path:
+    """The portable graph with its data beside it; derived first where they are absent, cut or altered.
+
+    Args:
+        verify: how to look at what is there already; see :meth:`Engine.load`.
+
+    Raises:
+        PlatformError: the cache cannot be written, or is too small.
+        BundleCorruptError: the bundle does not hold what the graph needs.
+    """
+    portable = derivation.portable
+    graph, data = derived_files(derivation)
+    listed = next(entry for entry in derivation.bundle.manifest.files if entry.path == portable.graph)
+    entries = [
+        FileEntry(graph.name, listed.size, listed.sha256),
+        FileEntry(data.name, portable.data_size, portable.data_sha256),
+    ]
+    try:
+        if not holds(graph.parent, entries, verify):
+            with locked(graph.parent):
+                # Another process may have derived them meanwhile.
+                if not holds(graph.parent, entries, verify):
+                    _derive(derivation, graph.parent, entries)
+    except OSError as error:
+        raise PlatformError(
+            f"the portable {derivation.what} cannot be kept in {graph.parent}: {error.strerror or error}.",
+            seen=str(graph.parent),
+            remedy=f"Set BIOMEDGPT_EDGE_CACHE to a writable folder with {mebibytes(portable.data_size)} free.",
+        ) from error
+    return graph
+
+
+def _derive(derivation: Derivation, folder: Path, entries: list[FileEntry]) -> None:
+    """Fills ``folder``, whole or not at all."""
+    bundle, portable = derivation.bundle, derivation.portable
+    partial = folder.with_name(f"{folder.name}.partial")
+    # Whoever left these behind is gone, since the folder is locked.
+    for old in (partial, folder):
+        if old.is_dir():
+            shutil.rmtree(old)
+        old.unlink(missing_ok=True)
+    _require_space(derivation, folder.parent)
+    _log.info("deriving the portable %s, %s in %s, once", derivation.what, mebibytes(portable.data_size), folder.parent)
+    partial.mkdir(mode=0o700)
+    try:
+        shutil.copyfile(bundle.file(portable.graph), partial / entries[0].path)
+        parts = portable_data(bundle.file(derivation.records), bundle.file(portable.graph))
+        hashes = [sha256_of(partial / entries[0].path), _write(partial / portable.data, parts)]
+        for entry, sha256 in zip(entries, hashes, strict=True):
+            _require_same(entry, FileEntry(entry.path, (partial / entry.path).stat().st_size, sha256))
+        stamp(partial, entries)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _require_same(expected: FileEntry, derived: FileEntry) -> None:
+    if derived != expected:
+        raise BundleCorruptError(
+            f"{derived.path} was derived with {derived.size:,} bytes of SHA-256 {derived.sha256[:16]}…, but the "
+            f"manifest says {expected.size:,} of {expected.sha256[:16]}….",
+            seen=derived.sha256,
+            limit=expected.sha256,
+            remedy="Run 'biomedgpt-edge verify' on the bundle; if it is whole, export it again.",
+        )
+
+
+def _require_space(derivation: Derivation, folder: Path) -> None:
+    free, size = shutil.disk_usage(folder).free, derivation.portable.data_size
+    if free < size:
+        raise PlatformError(
+            f"the portable {derivation.what} takes {mebibytes(size)} in {folder}, where {mebibytes(free)} are free.",
+            seen=free,
+            limit=size,
+            remedy="Free some space ('biomedgpt-edge cache clear'), or set BIOMEDGPT_EDGE_CACHE to another disk.",
+        )
+
+
+def _write(path: Path, parts: Iterator[Bytes]) -> str:
+    """Writes them through to the disk, so that no loss of power leaves a stamped file of zeros; returns the SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        for part in parts:
+            file.write(part.data)
+            digest.update(part.data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def portable_data(records: Path, portable: Path) -> Iterator[Bytes]:
+    """The bytes of the data of the graph ``portable`` in order, a tensor at a time: one matrix is held at most.
+
+    Args:
+        records: the graph in records, its data beside it; both are those of a checked bundle.
+
+    Raises:
+        BundleCorruptError: the graph places tensors elsewhere, or needs one that the bundle does not hold.
+    """
+    sources = _Sources(records.parent, read_header(records))
+    end = 0
+    for tensor in sorted(read_header(portable).tensors, key=lambda tensor: tensor.offset):
+        start = -(-end // PAGE) * PAGE
+        data = sources.bytes_of(tensor.name)
+        if data is None or (tensor.offset, tensor.length) != (start, len(data)):
+            found = "no tensor" if data is None else f"{len(data):,} bytes for offset {start:,}"
+            raise BundleCorruptError(
+                f"{portable.name} places {tensor.length} bytes of {tensor.name[:80]!r} at offset {tensor.offset:,}, "
+                f"and {records.name} has {found}.",
+                seen=tensor.name[:80],
+                remedy="Export the bundle again.",
+            )
+        yield np.zeros(start - end, np.uint8)
+        yield data
+        end = start + len(data)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A linear layer: the ``turn``-th of those whose panels lie in the records of a product."""
+
+    layer: str
+    product: Product
+    turn: int = 0
+
+
+class _Sources:
+    """What the tensors of a portable graph are made of: those of a graph in records, which lie in ``folder``."""
+
+    def __init__(self, folder: Path, header: Header) -> None:
+        self._folder = folder
+        self._shapes = header.shapes
+        self._tensors = {tensor.name: tensor for tensor in header.tensors}
+        self._places = dict[str, _Place]()
+        for product in header.products:
+            for place, suffixes in _places(product):
+                self._places |= {place.layer + suffix: place for suffix in suffixes}
+        self._last: tuple[_Place, Mapping[str, Bytes]] | None = None
+
+    def bytes_of(self, name: str) -> Bytes | None:
+        """uint8 ``[bytes]``; None where there is no such tensor."""
+        place = self._places.get(name)
+        if place is not None:
+            return self._unpacked(place)[name.removeprefix(place.layer)]
+        tensor = self._tensors.get(name)
+        return None if tensor is None else self._mapped(tensor)
+
+    def _unpacked(self, place: _Place) -> Mapping[str, Bytes]:
+        """Bytes by what tensors with them are called behind the name of the layer."""
+        # Scales come after the values of the same layer.
+        if self._last is None or self._last[0] is not place:
+            self._last = None
+            unpack = self._unpack_int4 if place.product.operator in INT4_MATRICES else self._unpack_int8
+            self._last = place, unpack(place)
+        return self._last[1]
+
+    def _unpack_int4(self, place: _Place) -> Mapping[str, Bytes]:
+        rows, columns = _sizes(place.product)
+        records, count = self._records(place.product), INT4_MATRICES[place.product.operator]
+        panels, groups, size = len(records) // count, records.shape[1], records.shape[2]
+        group_size = next(
+            given
+            for given in RECORDS_GROUP_SIZES
+            if _native.int4_records_shape(rows, columns, given) == (panels, groups, size)
+        )
+        values = np.empty((rows, groups * group_size // 2), np.uint8)
+        scales = np.empty((rows, groups), np.float16)
+        own = np.ascontiguousarray(records.reshape(panels, count, groups * size)[:, place.turn])
+        _native.int4_unpack(values, scales, own, group_size)
+        return {VALUES: values.reshape(-1), SCALES: _bytes(scales)}
+
+    def _unpack_int8(self, place: _Place) -> Mapping[str, Bytes]:
+        rows, columns = _sizes(place.product)
+        values, scales, bias = (
+            np.empty((rows, columns), np.int8),
+            np.empty(rows, np.float32),
+            np.empty(rows, np.float32),
+        )
+        _native.int8_unpack(values, scales, bias, self._records(place.product))
+        return {INT8_VALUES: _bytes(np.ascontiguousarray(values.T)), SCALES: _bytes(scales), BIAS: _bytes(bias)}
+
+    def _records(self, product: Product) -> Bytes:
+        """Mapped, of the shape that the graph declares."""
+        name = product.inputs[1]
+        tensor, shape = self._tensors.get(name), self._shapes[name] or ()
+        data = None if tensor is None else self._mapped(tensor)
+        if data is None or len(data) != math.prod(shape):
+            raise BundleCorruptError(
+                f"the records {name[:80]!r} are {shape}, and have {0 if data is None else len(data):,} bytes outside "
+                "the graph.",
+                seen=name[:80],
+                remedy="Export the bundle again.",
+            )
+        return data.reshape(shape)
+
+    def _mapped(self, tensor: ExternalTensor) -> Bytes:
+        path = self._folder / tensor.location
+        length = path.stat().st_size - tensor.offset if tensor.length is None else tensor.length
+        if length == 0:
+            return np.empty(0, np.uint8)
+        return np.asarray(np.memmap(path, np.uint8, "r", tensor.offset, (length,)))
+
+
+def _places(product: Product) -> Iterator[tuple[_Place, tuple[str, ...]]]:
+    """The layers in the records of a product, if it has any, and how the tensors are called that they give."""
+    if product.operator in INT4_MATRICES:
+        for turn, layer in enumerate(layer_names(product.inputs[1])[: INT4_MATRICES[product.operator]]):
+            yield _Place(layer, product, turn), (VALUES, SCALES)
+    elif product.operator in INT8_INPUTS:
+        yield _Place(product.inputs[1].removesuffix(INT8_RECORDS), product), (INT8_VALUES, SCALES, BIAS)
+
+
+def _sizes(product: Product) -> tuple[int, int]:
+    return product.attributes["N"], product.attributes["K"]
+
+
+def _bytes(array: npt.NDArray[Any]) -> Bytes:
+    return array.view(np.uint8).reshape(-1)
