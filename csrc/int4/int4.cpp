@@ -124,15 +124,14 @@ Int4Rows part_of(const Int4Rows& rows, int64_t row, int64_t group, int64_t colum
             rows.zero_terms + number, rows.groups};
 }
 
-// totals[row, i] = the product of a row and row i of a panel. Where rows take more than one tile, a block of the panel
-// stays in the L1 cache until all have had it.
+// totals[row, i] = the product of a row and row i of a panel, a block of which stays in the L1 cache until all rows
+// have had it.
 void multiply_panel(const Block& block, const uint8_t* records, float* totals) {
     const Int4Path& path = block.path;
     const Int4Shape& shape = block.weights.shape;
     const bool unpacked = block.count >= path.unpacked_from;
     const int64_t tile_rows = unpacked ? path.unpacked_tile_rows : path.tile_rows;
-    const bool streamed = !unpacked && block.count <= tile_rows;
-    const int64_t step = streamed ? shape.groups() : kInt4BlockColumns / shape.group;
+    const int64_t step = kInt4BlockColumns / shape.group;
     alignas(64) uint8_t values[kInt4BlockColumns * kInt4PanelRows];
     for (int64_t group = 0; group < shape.groups(); group += step) {
         Int4Tile tile{};
@@ -177,6 +176,48 @@ void gate_up_panel(const Block& block, int64_t panel) {
     write_panel(block, panel, gate);
 }
 
+// Rows that all paths but the portable one multiply at once, and records of as many panels that are read in turn: a
+// memory gives more to a thread that reads at four places than to one that reads at a single one.
+constexpr int64_t kFewRows = 8, kStreams = 4;
+
+bool is_few(const Int4Path& path, int64_t rows) {
+    return rows <= std::min(path.tile_rows, kFewRows);
+}
+
+// A few rows and up to kStreams panels, of one matrix or of two by turns.
+void multiply_few(const Block& block, int64_t panel, int64_t panels, int64_t matrices) {
+    const Int4Shape& shape = block.weights.shape;
+    const uint8_t* records = block.weights.records + panel * matrices * shape.panel_bytes();
+    alignas(64) float totals[kStreams][kFewRows * kInt4PanelRows];
+    Int4Tile tile{};
+    tile.group = shape.group;
+    tile.groups = 1;
+    for (int64_t group = 0; group < shape.groups(); ++group) {
+        tile.fresh = group == 0;
+        tile.rows = part_of(block.rows, 0, group, shape.group);
+        for (int64_t stream = 0; stream < panels * matrices; ++stream) {
+            tile.records = records + stream * shape.panel_bytes() + group * shape.record_bytes();
+            tile.totals = totals[stream];
+            block.path.multiply(tile, block.count);
+        }
+    }
+    for (int64_t i = 0; i < panels; ++i) {
+        float* of = totals[i * matrices];
+        if (matrices == 2) block.path.silu_multiply(of, totals[i * matrices + 1], block.count * kInt4PanelRows);
+        write_panel(block, panel + i, of);
+    }
+}
+
+// Panels first <= panel < end.
+void multiply_panels(const Block& block, int64_t first, int64_t end, int64_t matrices) {
+    if (is_few(block.path, block.count)) {
+        const int64_t step = kStreams / matrices;
+        for (; first < end; first += step) multiply_few(block, first, std::min(step, end - first), matrices);
+        return;
+    }
+    for (; first < end; ++first) matrices == 2 ? gate_up_panel(block, first) : linear_panel(block, first);
+}
+
 // Panels that a thread takes at once: a stream long enough for the memory to get up to speed, and some more items than
 // threads, so that none waits long for the last one.
 int64_t panels_at_once(int64_t panels, int64_t rows) {
@@ -195,8 +236,7 @@ void quantize_rows(const Int4Path& path, const float* x, int64_t count, const In
     return (count <= kFew ? ParallelFor() : parallel)(count, quantize);
 }
 
-template <typename Panel>
-void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices, const Panel& multiply_one) {
+void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices) {
     const Int4Path& path = choose_path(options.path);
     check_int4(args, matrices);
     const Int4Shape& shape = args.weights.shape;
@@ -210,8 +250,7 @@ void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices
         const Block block{path, args.weights, rows, count, args.y + first * shape.rows};
         const int64_t at_once = panels_at_once(shape.panels() * matrices, count) / matrices;
         options.parallel((shape.panels() + at_once - 1) / at_once, [&](int64_t item) {
-            const int64_t end = std::min(shape.panels(), (item + 1) * at_once);
-            for (int64_t panel = item * at_once; panel < end; ++panel) multiply_one(block, panel);
+            multiply_panels(block, item * at_once, std::min(shape.panels(), (item + 1) * at_once), matrices);
         });
     }
 }
@@ -219,11 +258,11 @@ void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices
 }  // namespace
 
 void int4_linear(const Int4Args& args, const Int4Options& options) {
-    multiply(args, options, 1, linear_panel);
+    multiply(args, options, 1);
 }
 
 void int4_gate_up(const Int4Args& args, const Int4Options& options) {
-    multiply(args, options, 2, gate_up_panel);
+    multiply(args, options, 2);
 }
 
 void int4_quantize(const float* x, int64_t rows, const Int4Shape& shape, const Int4Activations& activations,

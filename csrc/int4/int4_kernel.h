@@ -31,9 +31,9 @@ constexpr int64_t kQuadBytes = 4 * kInt4PanelRows;   // four columns of a panel,
 constexpr int64_t kStepColumns = 32;                 // what every group is a multiple of
 constexpr int64_t kScaleBytes = 2 * kInt4PanelRows;  // of a record
 constexpr int64_t kCacheLine = 64;
-// Two records ahead: far enough for the memory's latency at its full rate, near enough to stay in the L1 cache. What is
-// beyond the end of a matrix is only hinted at.
-constexpr int64_t kPrefetchBytes = 4096;
+// A record ahead: far enough for the memory's latency at its full rate, near enough for four streams to stay in the L1
+// cache. What is beyond the end of a matrix is only hinted at.
+constexpr int64_t kPrefetchBytes = 2048;
 
 inline void prefetch(const uint8_t* from, int64_t bytes) {
     const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(kPrefetchBytes);
