@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,12 @@ import numpy as np
 import pytest
 
 from biomedgpt_edge.bench.statistics import Round
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from support import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
-    """benchmarks/protein_encoder.py, which finds what lies beside it, as a script does."""
-    spec = importlib.util.spec_from_file_location("protein_encoder_benchmark", FOLDER / "protein_encoder.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with benchmark_script("protein_encoder") as module:
         yield module
 
 
