@@ -62,6 +62,17 @@ def tiny_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def portable_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged demo with a portable decoder, made from the one in records; to be read only."""
+    from biomedgpt_edge.engine import DEMO_BUNDLE
+    from biomedgpt_export.relayout import relayout
+
+    out = tmp_path_factory.mktemp("demo") / "portable"
+    relayout(DEMO_BUNDLE, out, "portable", lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_bundles: Callable[[str], Path]) -> Path:
     """The int4 bundle of ``tiny_checkpoint``, its decoder in records; to be read only."""
     return tiny_bundles("int4")

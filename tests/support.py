@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -21,11 +21,15 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def benchmark_script(name: str) -> Iterator[ModuleType]:
     """benchmarks/NAME.py as a module, which finds what lies beside it, as a script does."""
     before = set(sys.modules)
+    # By its path, and not called by its name alone: a folder of tests has that of a script.
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        # transformers looks for a package "kernels", and finds the folder of tests of this name.
-        patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module(name)
+        spec.loader.exec_module(module)
+        yield module
     for added in set(sys.modules) - before:
         file = getattr(sys.modules[added], "__file__", None)
         if file is not None and Path(file).parent == BENCHMARKS:

@@ -21,7 +21,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from biomedgpt_edge import Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.encoders import Encoders
-from biomedgpt_edge.engine import DEMO_BUNDLE, Engine
+from biomedgpt_edge.engine import Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
 from biomedgpt_edge.onnx_header import (
     DECODER_RECORDS_OPERATORS,
@@ -755,11 +755,11 @@ def test_a_matrix_of_another_size_than_its_product_declares_is_refused_before_a_
 
 
 def test_bundles_of_every_precision_declare_what_they_hold(
-    tiny_checkpoint: Path, tiny_bundles: Callable[[str], Path], tmp_path: Path
+    tiny_checkpoint: Path, tiny_bundles: Callable[[str], Path], portable_demo: Path, tmp_path: Path
 ) -> None:
     layout, out = Layout.locate(tiny_checkpoint), tmp_path / "bundle"
     export_bundle(ExportOptions(layout, out, quantizer="rtn", lm_head="int8", proof="none"), lambda line: None)
-    graphs = [DEMO_BUNDLE / "decoder.onnx", tiny_bundles("int4") / "protein_encoder.onnx", out / PORTABLE]
+    graphs = [portable_demo / "decoder.onnx", tiny_bundles("int4") / "protein_encoder.onnx", out / PORTABLE]
     for graph in graphs:
         header = read_header(graph)
         assert header.products

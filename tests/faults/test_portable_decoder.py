@@ -32,7 +32,6 @@ from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.layouts import PORTABLE_DECODER
 from biomedgpt_export.options import ExportOptions
-from biomedgpt_export.relayout import relayout
 from support import bounded_memory
 
 DATA = "decoder-portable.data"
@@ -73,16 +72,8 @@ def tensors_of(graph: Path) -> dict[str, bytes]:
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo bundle in records."""
-    out = tmp_path_factory.mktemp("demo") / "records"
-    relayout(DEMO_BUNDLE, out, "records", silent)
-    return out
-
-
-def test_the_derived_tensors_are_those_of_the_portable_bundle_that_became_one_in_records(demo: Path) -> None:
-    assert tensors_of(derive(demo)) == tensors_of(DEMO_BUNDLE / "decoder.onnx")
+def test_the_derived_tensors_are_those_of_the_portable_bundle(portable_demo: Path) -> None:
+    assert tensors_of(derive(DEMO_BUNDLE)) == tensors_of(portable_demo / "decoder.onnx")
 
 
 @pytest.mark.parametrize("lm_head", ["int4", "int8"])
@@ -111,8 +102,8 @@ def test_tensors_lie_on_pages_and_nothing_else_in_the_file(tiny_bundle: Path) ->
     assert end == len(data) == Bundle.open(tiny_bundle).manifest.decoder.portable.data_size  # type: ignore[union-attr]
 
 
-def test_one_matrix_is_in_memory_at_a_time(demo: Path) -> None:
-    bundle = Bundle.open(demo)
+def test_one_matrix_is_in_memory_at_a_time() -> None:
+    bundle = Bundle.open(DEMO_BUNDLE)
     graph, portable = bundle.file("decoder.onnx"), bundle.file(PORTABLE_DECODER)
     with bounded_memory(600_000):
         total = sum(map(len, module.portable_data(graph, portable)))

@@ -18,7 +18,6 @@ from onnx import TensorProto
 from biomedgpt_edge import Engine, Molecule, _native
 from biomedgpt_edge.decoder.kv_cache import kv_layout
 from biomedgpt_edge.decoder.onnx import OnnxState
-from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.int4_ops import register_int4_ops
 from biomedgpt_edge.manifest import RECORDS
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
@@ -31,7 +30,6 @@ from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.quantize.int4 import Int4Weight, pack_nibbles
 from biomedgpt_export.quantize.rtn import RoundToNearest
 
-DECODER = DEMO_BUNDLE / "decoder.onnx"
 COLUMNS, ROWS = 96, 40
 
 
@@ -59,9 +57,15 @@ NEAR_TIE = 0.02
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Replaced]:
+def source(portable_demo: Path) -> Path:
+    """The decoder of the demo with ONNX Runtime's operators."""
+    return portable_demo / "decoder.onnx"
+
+
+@pytest.fixture(scope="module")
+def demo(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Replaced]:
     path = tmp_path_factory.mktemp("own") / "decoder.onnx"
-    return path, write_with_int4_ops(DECODER, path)
+    return path, write_with_int4_ops(source, path)
 
 
 def test_every_product_is_replaced(demo: tuple[Path, Replaced]) -> None:
@@ -83,8 +87,8 @@ def test_records_begin_on_pages_and_nothing_is_stored_twice(demo: tuple[Path, Re
     assert {"rope_cos", "layers.0.input_layernorm.weight"} <= names
 
 
-def test_records_hold_the_bits_of_the_bundle(demo: tuple[Path, Replaced]) -> None:
-    mine, theirs = StoredWeights(demo[0]), StoredWeights(DECODER)
+def test_records_hold_the_bits_of_the_bundle(source: Path, demo: tuple[Path, Replaced]) -> None:
+    mine, theirs = StoredWeights(demo[0]), StoredWeights(source)
     qkv = theirs.int4("layers.0.qkv_proj")
     assert_holds(mine.array("layers.0.qkv_proj.records"), qkv)
     both = mine.array("layers.3.gate_proj+layers.3.up_proj.records")
@@ -101,29 +105,29 @@ def assert_holds(records: Any, weight: Int4Weight) -> None:
     np.testing.assert_array_equal(scales, weight.scales.numpy())
 
 
-def test_the_same_graph_is_always_the_same_bytes(demo: tuple[Path, Replaced], tmp_path: Path) -> None:
-    write_with_int4_ops(DECODER, tmp_path / "decoder.onnx")
+def test_the_same_graph_is_always_the_same_bytes(source: Path, demo: tuple[Path, Replaced], tmp_path: Path) -> None:
+    write_with_int4_ops(source, tmp_path / "decoder.onnx")
     for name in ("decoder.onnx", "decoder.data"):
         assert (tmp_path / name).read_bytes() == (demo[0].parent / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine.load(threads=1) as engine:
+def engine(portable_demo: Path) -> Iterator[Engine]:
+    with Engine.load(portable_demo, threads=1) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The decoder with activations in float32, which both others round to eight bits."""
     path = tmp_path_factory.mktemp("exact") / "decoder.onnx"
-    model = onnx.load(str(DECODER), load_external_data=False)
+    model = onnx.load(str(source), load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = ACCURACY_LEVELS["fp32"]
     path.write_bytes(model.SerializeToString())
-    shutil.copyfile(DECODER.with_suffix(".data"), path.with_suffix(".data"))
+    shutil.copyfile(source.with_suffix(".data"), path.with_suffix(".data"))
     return path
 
 
@@ -132,13 +136,13 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 @pytest.fixture(scope="module")
 def answers(
-    engine: Engine, exact: Path, demo: tuple[Path, Replaced]
+    engine: Engine, source: Path, exact: Path, demo: tuple[Path, Replaced]
 ) -> dict[str, tuple[list[int], Logits, Logits, Logits]]:
     """By molecule: MatMulNBits' greedy tokens, and the logits [tokens, vocabulary] of it, our operators and float32.
 
     All go on with the same tokens, so that one near tie does not hide what comes after it.
     """
-    sessions = [session_of(path) for path in (DECODER, demo[0], exact)]
+    sessions = [session_of(path) for path in (source, demo[0], exact)]
     return {name: answer(engine, sessions, smiles) for name, smiles in MOLECULES.items()}
 
 

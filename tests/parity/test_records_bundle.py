@@ -54,9 +54,9 @@ def prepared(engine: Engine, name: str) -> PreparedPrompt:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(portable_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("relayout") / "records"
-    relayout(DEMO_BUNDLE, out, "records", silent)
+    relayout(portable_demo, out, "records", silent)
     return out
 
 
@@ -69,9 +69,9 @@ def portable(records: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(records: Path) -> Iterator[dict[str, Engine]]:
+def engines(records: Path, portable_demo: Path) -> Iterator[dict[str, Engine]]:
     with (
-        Engine.load(threads=1) as shipped,
+        Engine.load(portable_demo, threads=1) as shipped,
         Engine.load(records, threads=1) as one,
         Engine.load(records, threads=2) as two,
         Engine.load(records, threads=1, decoder="portable") as derived,
@@ -79,8 +79,8 @@ def engines(records: Path) -> Iterator[dict[str, Engine]]:
         yield {"portable": shipped, "records": one, "records, 2 threads": two, "derived": derived}
 
 
-def test_the_benchmark_holds_them_against_int8_arithmetic_too(records: Path) -> None:
-    one, other = (prefill_work(Bundle.open(path), 8) for path in (records, DEMO_BUNDLE))
+def test_the_benchmark_holds_them_against_int8_arithmetic_too(records: Path, portable_demo: Path) -> None:
+    one, other = (prefill_work(Bundle.open(path), 8) for path in (records, portable_demo))
     assert (one.kind, one.operations) == (other.kind, other.operations)
 
 
@@ -166,27 +166,43 @@ def test_what_is_turned_back_computes_the_same_bits_as_before(engines: dict[str,
             np.testing.assert_array_equal(back.first_logits(prompt), engines["portable"].first_logits(prompt))
 
 
-def test_all_else_stays_and_the_parity_report_names_what_it_was_measured_on(records: Path, portable: Path) -> None:
-    shipped, ours, back = (Bundle.open(path) for path in (DEMO_BUNDLE, records, portable))
+def test_the_packaged_demo_is_in_records() -> None:
+    decoder = Bundle.open(DEMO_BUNDLE).manifest.decoder
+    assert decoder.layout == RECORDS
+    assert decoder.portable is not None
+
+
+def test_all_else_stays_and_the_parity_report_names_what_it_was_measured_on(
+    records: Path, portable: Path, portable_demo: Path
+) -> None:
+    shipped, ours, back = (Bundle.open(path) for path in (portable_demo, records, portable))
     assert [bundle.manifest.decoder.layout for bundle in (shipped, ours, back)] == [PORTABLE, RECORDS, PORTABLE]
     ours.verify()
     changed = {"decoder.onnx", "decoder.data", PORTABLE_DECODER}
     files = [{e for e in bundle.manifest.files if e.path not in changed} for bundle in (shipped, ours, back)]
     assert files[0] == files[1] == files[2]
     assert [bundle.manifest.decoder.portable is not None for bundle in (shipped, ours, back)] == [False, True, False]
-    assert {path.name for path in portable.iterdir()} == {path.name for path in DEMO_BUNDLE.iterdir()}
-    measured_on = {"bundle": shipped.digest, "layout": PORTABLE}
-    assert ours.manifest.parity == back.manifest.parity == shipped.manifest.parity | {"measured_on": measured_on}
+    assert {path.name for path in portable.iterdir()} == {path.name for path in portable_demo.iterdir()}
+    # The packaged demo was portable when it was measured, and what it became of it says so.
+    assert shipped.manifest.parity["measured_on"]["layout"] == PORTABLE
+    assert ours.manifest.parity == back.manifest.parity == shipped.manifest.parity
 
 
-def test_the_same_bundle_always_gives_the_same_bytes(records: Path, tmp_path: Path) -> None:
-    assert export(["relayout", str(DEMO_BUNDLE), "--decoder-layout", "records", "--out", str(tmp_path / "b")]) == 0
+def test_a_bundle_that_was_measured_as_it_is_is_named_by_what_becomes_of_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    relayout(tiny_bundle, tmp_path / "portable", "portable", silent)
+    before, after = (Bundle.open(path) for path in (tiny_bundle, tmp_path / "portable"))
+    measured_on = {"bundle": before.digest, "layout": RECORDS}
+    assert after.manifest.parity == before.manifest.parity | {"measured_on": measured_on}
+
+
+def test_the_same_bundle_always_gives_the_same_bytes(records: Path, portable_demo: Path, tmp_path: Path) -> None:
+    assert export(["relayout", str(portable_demo), "--decoder-layout", "records", "--out", str(tmp_path / "b")]) == 0
     for path in records.iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_a_layout_that_is_there_already_is_refused(records: Path, tmp_path: Path) -> None:
-    for source, layout in ((DEMO_BUNDLE, "portable"), (records, "records")):
+def test_a_layout_that_is_there_already_is_refused(records: Path, portable_demo: Path, tmp_path: Path) -> None:
+    for source, layout in ((portable_demo, "portable"), (records, "records")):
         with pytest.raises(ExportError, match=f"is in {layout} already"):
             relayout(source, tmp_path / "out", layout, silent)  # type: ignore[arg-type]
 
@@ -228,10 +244,12 @@ def test_inspect_and_doctor_name_the_instruction_set(records: Path, capsys: pyte
     assert f"int8: {', '.join(_native.int8_paths())}" in found["kernels"]["found"]
 
 
-def test_compare_reads_both_layouts(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_reads_both_layouts(
+    records: Path, portable_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "Please describe this molecule.", "smiles": "CCO", "answer": "Ethanol."}\n')
-    assert export(["compare", str(DEMO_BUNDLE), str(records), "--questions", str(questions), "--json"]) == 0
+    assert export(["compare", str(portable_demo), str(records), "--questions", str(questions), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["kl"]["mean"] < 0.01
     assert figures["same_tokens"]["mean"] > 0
@@ -312,7 +330,9 @@ def test_an_export_that_could_not_be_compared_is_refused_before_it_begins(
 
 
 @pytest.mark.usefixtures("without_library")
-def test_doctor_and_inspect_say_so(records: Path, records_alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_and_inspect_say_so(
+    records: Path, records_alone: Path, portable_demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def findings(*arguments: str) -> Any:
         code = edge(["doctor", "--json", *arguments])
         return code, {one["what"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
@@ -325,7 +345,7 @@ def test_doctor_and_inspect_say_so(records: Path, records_alone: Path, capsys: p
     assert code == 0
     assert found["int4 operators"]["found"].startswith("the int4 operators cannot be used")
     assert found["decoder"]["found"].startswith("portable, derived in the device cache: the int4 operators cannot")
-    code, found = findings()
+    code, found = findings("--bundle", str(portable_demo))
     assert "int4 operators" not in found
     assert found["decoder"]["found"] == "portable, computed with ONNX Runtime's operators"
     for path, used in ((records_alone, "nothing: the int4 operators"), (records, "portable, derived in the device")):
@@ -336,23 +356,27 @@ def test_doctor_and_inspect_say_so(records: Path, records_alone: Path, capsys: p
 # --- where one is asked for -------------------------------------------------------------------------------------------
 
 
-def test_a_decoder_that_a_bundle_does_not_have_is_refused_by_name(records_alone: Path) -> None:
+def test_a_decoder_that_a_bundle_does_not_have_is_refused_by_name(records_alone: Path, portable_demo: Path) -> None:
     with pytest.raises(OptionError, match=r"records was asked for.* is portable.*biomedgpt-export relayout"):
-        Engine.load(decoder="records")
+        Engine.load(portable_demo, decoder="records")
     with pytest.raises(OptionError, match=r"portable decoder was asked for.*nothing to derive.*relayout"):
         Engine.load(records_alone, decoder="portable")
     with pytest.raises(OptionError, match=r"decoder is 'fast'.*Give auto, records, portable"):
         Engine.load(decoder="fast")  # type: ignore[arg-type]
 
 
-def test_a_portable_bundle_needs_nothing_derived(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_portable_bundle_needs_nothing_derived(portable_demo: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        Engine.load(threads=1, decoder="portable").close()
+        Engine.load(portable_demo, threads=1, decoder="portable").close()
     assert not caplog.records
 
 
 def test_the_commands_take_it(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    records: Path,
+    portable_demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path / "cache"))
     question = ["ask", "--bundle", str(records), "--max-new-tokens", "8", "--quiet", "What is a protein?"]
@@ -363,7 +387,7 @@ def test_the_commands_take_it(
     assert len({answer.out for answer in said}) == 1
     derived = f"deriving the portable decoder, 4 MiB in {tmp_path}/cache/portable, once\n"
     assert [answer.err.count(derived) for answer in said] == [1, 0, 0, 0]
-    assert edge(["ask", "--decoder", "records", "?"]) == OptionError.exit_code
+    assert edge(["ask", "--bundle", str(portable_demo), "--decoder", "records", "?"]) == OptionError.exit_code
     assert edge(["cache", "info"]) == 0
     assert re.search(r"portable +\d files +3\.4 MB  portable decoders", capsys.readouterr().out)
     assert edge(["cache", "clear"]) == 0
@@ -403,14 +427,14 @@ def test_the_benchmark_says_which_one_it_measured(records: Path, decoder: Wanted
 
 
 def test_a_session_has_the_operators_only_where_the_manifest_says_records(
-    records: Path, monkeypatch: pytest.MonkeyPatch
+    records: Path, portable_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from biomedgpt_edge.decoder import onnx as decoder
 
     registered: list[ort.SessionOptions] = []
     register: Callable[[ort.SessionOptions], None] = decoder.register_int4_ops
     monkeypatch.setattr(decoder, "register_int4_ops", lambda options: (registered.append(options), register(options)))
-    for path, count in ((DEMO_BUNDLE, 0), (records, 1)):
+    for path, count in ((portable_demo, 0), (records, 1)):
         with Engine.load(path, threads=1, verify="sizes") as engine:
             engine.prepare("?", Molecule.from_smiles("CCO"))
         assert len(registered) == count

@@ -37,6 +37,13 @@ def engine(cache: Path) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture(params=["records", "portable"])
+def either(request: pytest.FixtureRequest, cache: Path, portable_demo: Path) -> Iterator[Engine]:
+    """In tiles of one position, and of several."""
+    with Engine.load(portable_demo if request.param == "portable" else None, threads=1, verify="sizes") as engine:
+        yield engine
+
+
 @pytest.fixture
 def first_logits(monkeypatch: pytest.MonkeyPatch) -> list[Logits]:
     """The last logits of each prefill, in order."""
@@ -54,14 +61,16 @@ def first_logits(monkeypatch: pytest.MonkeyPatch) -> list[Logits]:
 # --- the template's beginnings ----------------------------------------------------------------------------------------
 
 
+# Positions in front of what a question adds, and those of them in whole tiles.
 @pytest.mark.parametrize(
-    ("inputs", "known"),
-    [([ASPIRIN], TILE), ([PROTEIN], TILE), ([], 0)],
+    ("inputs", "all_known", "in_tiles"),
+    [([ASPIRIN], 17, TILE), ([PROTEIN], 17, TILE), ([], 15, 0)],
     ids=["molecule", "protein", "less than a tile"],
 )
 def test_a_known_beginning_changes_no_bit(
-    engine: Engine, first_logits: list[Logits], inputs: list[Molecule | Protein], known: int
+    either: Engine, first_logits: list[Logits], inputs: list[Molecule | Protein], all_known: int, in_tiles: int
 ) -> None:
+    engine, known = either, all_known if either.decoder.tile == 1 else in_tiles
     prompt = engine.prepare(QUESTION, *inputs)
     expected = engine.first_logits(prompt)
     for _ in range(2):

@@ -10,10 +10,11 @@ import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
-from biomedgpt_edge.decoder.kv_cache import KvElement, KvLayout
+from biomedgpt_edge.decoder.kv_cache import KvElement, KvLayout, kv_layout
 from biomedgpt_edge.device_cache import ArrayFolder
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.errors import MemoryLimitError, OptionError, PromptTooLongError
+from biomedgpt_edge.manifest import RECORDS
 from biomedgpt_edge.memory import LEAST_POSITIONS, context_within, parse_size
 from biomedgpt_edge.soft_tokens import SoftTokenCache
 from biomedgpt_edge.splice import FeaturePart, TokenPart, splice
@@ -175,7 +176,8 @@ def test_the_context_is_what_the_memory_leaves() -> None:
 
 
 def test_an_engine_keeps_to_the_context_that_fits(cache: Path) -> None:
-    least = needed(Bundle.open(DEMO_BUNDLE))
+    bundle = Bundle.open(DEMO_BUNDLE)
+    least = needed(bundle, kv=kv_layout(bundle.manifest.decoder, RECORDS, None))
     with loaded(memory_limit=least) as engine:
         chat = engine.chat()
         assert chat.ask("Hello", ASPIRIN, max_new_tokens=4).token_ids

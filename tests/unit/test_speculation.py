@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -180,7 +181,9 @@ def test_speculation_that_pays_goes_on_and_one_that_does_not_stops() -> None:
     assert calls(cost_of_row=0.5, tokens=6)[1] == 1
 
 
-def test_it_is_off_where_rows_depend_on_each_other_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_off_where_rows_depend_on_each_other_unless_asked_for(
+    portable_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Balance, "wanted", lambda self: self._step is not None)
     rows: list[int] = []
     original = OnnxState.steps
@@ -190,7 +193,7 @@ def test_it_is_off_where_rows_depend_on_each_other_unless_asked_for(monkeypatch:
         return original(self, tokens)
 
     monkeypatch.setattr(OnnxState, "steps", recording)
-    with Engine.load(threads=1, verify="sizes") as engine:
+    with Engine.load(portable_demo, threads=1, verify="sizes") as engine:
         plain = again(engine)
         assert set(rows) == {1}
         ahead = again(engine, speculate=True)
