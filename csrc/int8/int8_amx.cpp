@@ -12,14 +12,6 @@ constexpr int64_t kTileBytes = 64;  // of a row
 constexpr int64_t kTotalsStride = kInt8PanelRows * int64_t{sizeof(int32_t)};
 static_assert(kInt8RowStep == 2 * kTileRows && kInt8PanelRows == 2 * kTileRows && kInt8ColumnStep == kTileBytes);
 
-// Tiles 0 to 3 are sums, 4 and 5 rows of activations, 6 and 7 the two halves of a panel's rows, four columns each a
-// row.
-inline TileConfig all_tiles() {
-    TileConfig config;
-    config.set(0, 7, kTileRows, kTileBytes);
-    return config;
-}
-
 // The weights that come next, spread evenly over all steps: no step may wait for a memory that is busy.
 struct Ahead {
     uintptr_t address;
@@ -83,7 +75,11 @@ inline void multiply_step(const Int8Tile& tile, int64_t row, Ahead& ahead) {
 }
 
 void multiply_tiles(const Int8Tile& tile, int64_t rows) {
-    configure_tiles(all_tiles());
+    // Tiles 0 to 3 are sums, 4 and 5 rows of activations, 6 and 7 the two halves of a panel's rows, four columns each a
+    // row.
+    TileConfig config;
+    config.set(0, 7, kTileRows, kTileBytes);
+    configure_tiles(config);
     Ahead ahead(tile, rows);
     for (int64_t row = 0; row < rows; row += kInt8RowStep) {
         if (rows - row > kTileRows) {

@@ -13,8 +13,6 @@ import pytest
 from biomedgpt_edge.bench.statistics import Round
 from support import benchmark_script
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
