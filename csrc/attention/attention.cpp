@@ -7,52 +7,32 @@
 #include "attention/attention_check.h"
 #include "attention/attention_path.h"
 #include "common/cpu_features.h"
-#include "common/error.h"
+#include "common/paths.h"
 
 namespace biomedgpt {
 namespace {
 
 // The paths of this build that the processor can run, best first.
-class Paths {
-  public:
-    Paths() {
-        const CpuFeatures& cpu = cpu_features();
-        static_cast<void>(cpu);  // not read where a build has the portable path only
+PathList<AttentionPath> usable_paths() {
+    PathList<AttentionPath> usable;
+    const CpuFeatures& cpu = cpu_features();
+    static_cast<void>(cpu);  // not read where a build has the portable path only
 #if defined(BIOMEDGPT_HAVE_ATTENTION_AVX512)
-        if (cpu.avx512) add(kAttentionAvx512);
+    if (cpu.avx512) usable.add(kAttentionAvx512);
 #endif
 #if defined(BIOMEDGPT_HAVE_ATTENTION_AVX2)
-        if (cpu.avx2 && cpu.fma && cpu.f16c) add(kAttentionAvx2);
+    if (cpu.avx2 && cpu.fma && cpu.f16c) usable.add(kAttentionAvx2);
 #endif
 #if defined(BIOMEDGPT_HAVE_ATTENTION_NEON)
-        if (cpu.neon) add(kAttentionNeon);
+    if (cpu.neon) usable.add(kAttentionNeon);
 #endif
-        add(kAttentionPortable);
-    }
-
-    const AttentionPath* const* begin() const { return paths_; }
-    const AttentionPath* const* end() const { return paths_ + count_; }
-
-  private:
-    void add(const AttentionPath& path) { paths_[count_++] = &path; }
-
-    const AttentionPath* paths_[3];
-    int count_ = 0;
-};
-
-const Paths& paths() {
-    static const Paths usable;
+    usable.add(kAttentionPortable);
     return usable;
 }
 
-const AttentionPath& choose_path(std::string_view name) {
-    if (name == "auto") return **paths().begin();
-    for (const AttentionPath* path : paths()) {
-        if (name == path->name) return *path;
-    }
-    std::string names;
-    for (const AttentionPath* path : paths()) names += std::string(", \"") + path->name + "\"";
-    throw ArgumentError("path", "\"" + std::string(name) + "\"", "\"auto\"" + names);
+const PathList<AttentionPath>& paths() {
+    static const PathList<AttentionPath> usable = usable_paths();
+    return usable;
 }
 
 // What belongs to one head of keys and values.
@@ -105,7 +85,7 @@ constexpr int64_t kFewRows = 8;
 }  // namespace
 
 void causal_attention(const AttentionArgs& args, const AttentionOptions& options) {
-    const AttentionPath& path = choose_path(options.path);
+    const AttentionPath& path = paths().choose(options.path);
     check_attention(args);
     const Heads heads(args, path);
     const int64_t kv_heads = args.cache.shape.heads, group = heads.group();
@@ -126,9 +106,7 @@ void causal_attention(const AttentionArgs& args, const AttentionOptions& options
 }
 
 std::vector<const char*> attention_paths() {
-    std::vector<const char*> names;
-    for (const AttentionPath* path : paths()) names.push_back(path->name);
-    return names;
+    return paths().names();
 }
 
 }  // namespace biomedgpt

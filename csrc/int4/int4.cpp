@@ -8,7 +8,7 @@
 #include <string>
 
 #include "common/cpu_features.h"
-#include "common/error.h"
+#include "common/paths.h"
 #include "int4/int4_check.h"
 #include "int4/int4_path.h"
 
@@ -16,55 +16,35 @@ namespace biomedgpt {
 namespace {
 
 // The paths of this build that the processor can run, best first.
-class Paths {
-  public:
-    Paths() {
-        const CpuFeatures& cpu = cpu_features();
-        static_cast<void>(cpu);  // not read where a build has the portable path only
+PathList<Int4Path> usable_paths() {
+    PathList<Int4Path> usable;
+    const CpuFeatures& cpu = cpu_features();
+    static_cast<void>(cpu);  // not read where a build has the portable path only
 #if defined(BIOMEDGPT_HAVE_INT4_AMX)
-        if (cpu.amx_int8 && cpu.avx512_vnni) add(kInt4Amx);
+    if (cpu.amx_int8 && cpu.avx512_vnni) usable.add(kInt4Amx);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT4_AVX512_VNNI)
-        if (cpu.avx512_vnni) add(kInt4Avx512Vnni);
+    if (cpu.avx512_vnni) usable.add(kInt4Avx512Vnni);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT4_AVX_VNNI)
-        if (cpu.avx_vnni && cpu.fma && cpu.f16c) add(kInt4AvxVnni);
+    if (cpu.avx_vnni && cpu.fma && cpu.f16c) usable.add(kInt4AvxVnni);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT4_AVX2)
-        if (cpu.avx2 && cpu.fma && cpu.f16c) add(kInt4Avx2);
+    if (cpu.avx2 && cpu.fma && cpu.f16c) usable.add(kInt4Avx2);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT4_NEON_I8MM)
-        if (cpu.neon_i8mm && cpu.neon_dotprod) add(kInt4NeonI8mm);
+    if (cpu.neon_i8mm && cpu.neon_dotprod) usable.add(kInt4NeonI8mm);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT4_NEON_DOTPROD)
-        if (cpu.neon_dotprod) add(kInt4NeonDotprod);
+    if (cpu.neon_dotprod) usable.add(kInt4NeonDotprod);
 #endif
-        add(kInt4Portable);
-    }
-
-    const Int4Path* const* begin() const { return paths_; }
-    const Int4Path* const* end() const { return paths_ + count_; }
-
-  private:
-    void add(const Int4Path& path) { paths_[count_++] = &path; }
-
-    const Int4Path* paths_[5];
-    int count_ = 0;
-};
-
-const Paths& paths() {
-    static const Paths usable;
+    usable.add(kInt4Portable);
     return usable;
 }
 
-const Int4Path& choose_path(std::string_view name) {
-    if (name == "auto") return **paths().begin();
-    for (const Int4Path* path : paths()) {
-        if (name == path->name) return *path;
-    }
-    std::string names;
-    for (const Int4Path* path : paths()) names += std::string(", \"") + path->name + "\"";
-    throw ArgumentError("path", "\"" + std::string(name) + "\"", "\"auto\"" + names);
+const PathList<Int4Path>& paths() {
+    static const PathList<Int4Path> usable = usable_paths();
+    return usable;
 }
 
 int64_t round_up(int64_t value, int64_t step) {
@@ -237,7 +217,7 @@ void quantize_rows(const Int4Path& path, const float* x, int64_t count, const In
 }
 
 void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices) {
-    const Int4Path& path = choose_path(options.path);
+    const Int4Path& path = paths().choose(options.path);
     check_int4(args, matrices);
     const Int4Shape& shape = args.weights.shape;
     // Blocks of about the same size: one row that is left over would cost a pass over the weights of its own.
@@ -267,7 +247,7 @@ void int4_gate_up(const Int4Args& args, const Int4Options& options) {
 
 void int4_quantize(const float* x, int64_t rows, const Int4Shape& shape, const Int4Activations& activations,
                    std::string_view path) {
-    const Int4Path& chosen = choose_path(path);
+    const Int4Path& chosen = paths().choose(path);
     check_int4_shape(shape);
     const int64_t stride = shape.groups() * shape.group;
     quantize_rows(chosen, x, rows, shape,
@@ -275,9 +255,7 @@ void int4_quantize(const float* x, int64_t rows, const Int4Shape& shape, const I
 }
 
 std::vector<const char*> int4_paths() {
-    std::vector<const char*> names;
-    for (const Int4Path* path : paths()) names.push_back(path->name);
-    return names;
+    return paths().names();
 }
 
 }  // namespace biomedgpt

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "common/cpu_features.h"
-#include "common/error.h"
+#include "common/paths.h"
 #include "int8/int8_check.h"
 #include "int8/int8_path.h"
 
@@ -15,55 +15,35 @@ namespace biomedgpt {
 namespace {
 
 // The paths of this build that the processor can run, best first.
-class Paths {
-  public:
-    Paths() {
-        const CpuFeatures& cpu = cpu_features();
-        static_cast<void>(cpu);  // not read where a build has the portable path only
+PathList<Int8Path> usable_paths() {
+    PathList<Int8Path> usable;
+    const CpuFeatures& cpu = cpu_features();
+    static_cast<void>(cpu);  // not read where a build has the portable path only
 #if defined(BIOMEDGPT_HAVE_INT8_AMX)
-        if (cpu.amx_int8) add(kInt8LinearAmx);
+    if (cpu.amx_int8) usable.add(kInt8LinearAmx);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT8_AVX512_VNNI)
-        if (cpu.avx512_vnni) add(kInt8LinearAvx512Vnni);
+    if (cpu.avx512_vnni) usable.add(kInt8LinearAvx512Vnni);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT8_AVX_VNNI)
-        if (cpu.avx_vnni && cpu.fma) add(kInt8LinearAvxVnni);
+    if (cpu.avx_vnni && cpu.fma) usable.add(kInt8LinearAvxVnni);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT8_AVX2)
-        if (cpu.avx2 && cpu.fma) add(kInt8LinearAvx2);
+    if (cpu.avx2 && cpu.fma) usable.add(kInt8LinearAvx2);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT8_NEON_I8MM)
-        if (cpu.neon_i8mm) add(kInt8LinearNeonI8mm);
+    if (cpu.neon_i8mm) usable.add(kInt8LinearNeonI8mm);
 #endif
 #if defined(BIOMEDGPT_HAVE_INT8_NEON_DOTPROD)
-        if (cpu.neon_dotprod) add(kInt8LinearNeonDotprod);
+    if (cpu.neon_dotprod) usable.add(kInt8LinearNeonDotprod);
 #endif
-        add(kInt8LinearPortable);
-    }
-
-    const Int8Path* const* begin() const { return paths_; }
-    const Int8Path* const* end() const { return paths_ + count_; }
-
-  private:
-    void add(const Int8Path& path) { paths_[count_++] = &path; }
-
-    const Int8Path* paths_[5];
-    int count_ = 0;
-};
-
-const Paths& paths() {
-    static const Paths usable;
+    usable.add(kInt8LinearPortable);
     return usable;
 }
 
-const Int8Path& choose_path(std::string_view name) {
-    if (name == "auto") return **paths().begin();
-    for (const Int8Path* path : paths()) {
-        if (name == path->name) return *path;
-    }
-    std::string names;
-    for (const Int8Path* path : paths()) names += std::string(", \"") + path->name + "\"";
-    throw ArgumentError("path", "\"" + std::string(name) + "\"", "\"auto\"" + names);
+const PathList<Int8Path>& paths() {
+    static const PathList<Int8Path> usable = usable_paths();
+    return usable;
 }
 
 int64_t round_up(int64_t value, int64_t step) {
@@ -214,7 +194,7 @@ void quantize_rows(const Int8Path& path, const float* x, int64_t count, const In
 }  // namespace
 
 void int8_linear(const Int8Args& args, const Int8Options& options) {
-    const Int8Path& path = choose_path(options.path);
+    const Int8Path& path = paths().choose(options.path);
     check_int8(args);
     const Int8Shape& shape = args.weights.shape;
     // Blocks of about the same size: one row that is left over would cost a pass over the weights of its own.
@@ -234,7 +214,7 @@ void int8_linear(const Int8Args& args, const Int8Options& options) {
 
 void int8_quantize(const float* x, int64_t rows, int64_t columns, const Int8Activations& activations,
                    std::string_view path) {
-    const Int8Path& chosen = choose_path(path);
+    const Int8Path& chosen = paths().choose(path);
     const Int8Shape shape{1, columns};
     check_int8_shape(shape);
     for (int64_t row = 0; row < rows; ++row) {
@@ -245,9 +225,7 @@ void int8_quantize(const float* x, int64_t rows, int64_t columns, const Int8Acti
 }
 
 std::vector<const char*> int8_paths() {
-    std::vector<const char*> names;
-    for (const Int8Path* path : paths()) names.push_back(path->name);
-    return names;
+    return paths().names();
 }
 
 }  // namespace biomedgpt
