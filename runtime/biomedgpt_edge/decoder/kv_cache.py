@@ -117,6 +117,6 @@ def kv_layout(spec: DecoderSpec, layout: str, element: KvElement | None) -> KvLa
             f"kv_cache is {element!r}, and the decoder is portable.",
             seen=element,
             limit="portable decoders store keys and values in fp32",
-            remedy="Leave it out, or use a bundle whose decoder lies in records.",
+            remedy="Leave it out, or use a decoder in records (a bundle that has one, and not --decoder portable).",
         )
     return KvLayout.rows(spec)
