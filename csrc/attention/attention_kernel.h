@@ -121,12 +121,34 @@ inline const float* scales_of(const KvShape& shape, const uint8_t* block) {
     return reinterpret_cast<const float*>(block + shape.block_bytes() - shape.scale_bytes());
 }
 
+// A tile of positions, and what rows see of it.
+struct Tile {
+    KvShape shape;
+    const uint8_t* keys;
+    const uint8_t* values;
+    int64_t ahead;       // bytes to the next head
+    int64_t seen_first;  // positions from its beginning up to the first row's own; may be none, or more than it has
+
+    int64_t seen(int64_t row) const { return smaller(kTile, seen_first + row); }
+};
+
+// A single row passes over the cache as fast as it is read. While it attends to one head, the next head's cache, which
+// may be beyond the end of all, is fetched into the L2 cache. `offset` is counted from the beginning of a block.
+template <int kRows>
+void fetch_ahead(const uint8_t* from, int64_t ahead, int64_t offset) {
+    constexpr int64_t kCacheLine = 64;
+    constexpr int kIntoL2 = 2;
+    if (kRows > 1 || offset % kCacheLine != 0) return;
+    const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead + offset);
+    __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kIntoL2);
+}
+
 // scores = queries times keys, for kBlocks blocks of the cache and kRows rows.
 template <class Isa, template <class> class Format, int kRows, int kBlocks>
-__attribute__((always_inline)) inline void score(const KvShape& shape, const uint8_t* keys, Row* rows, int64_t first) {
+__attribute__((always_inline)) inline void score(const Tile& tile, const uint8_t* keys, Row* rows, int64_t first) {
     constexpr int kVectors = kKvBlock / Isa::kLanes;
     constexpr int64_t kBytes = Format<Isa>::kBytes;
-    const int64_t block_bytes = shape.block_bytes(), size = shape.head_size;
+    const int64_t block_bytes = tile.shape.block_bytes(), size = tile.shape.head_size;
     typename Isa::Floats sums[kRows][kBlocks][kVectors];
     BIOMEDGPT_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -142,7 +164,9 @@ __attribute__((always_inline)) inline void score(const KvShape& shape, const uin
         for (int b = 0; b < kBlocks; ++b) {
             BIOMEDGPT_UNROLL
             for (int v = 0; v < kVectors; ++v) {
-                elements[b][v] = Format<Isa>::load(keys + b * block_bytes + (i * kKvBlock + v * Isa::kLanes) * kBytes);
+                const int64_t offset = (i * kKvBlock + v * Isa::kLanes) * kBytes;
+                elements[b][v] = Format<Isa>::load(keys + b * block_bytes + offset);
+                fetch_ahead<kRows>(keys + b * block_bytes, tile.ahead, offset);
             }
         }
         BIOMEDGPT_UNROLL
@@ -187,23 +211,13 @@ void in_groups(int64_t from, int64_t to, const Work& work) {
     for (; from < to; ++from) work(Count<1>(), from);
 }
 
-// A tile of positions, and what rows see of it.
-struct Tile {
-    KvShape shape;
-    const uint8_t* keys;
-    const uint8_t* values;
-    int64_t seen_first;  // positions from its beginning up to the first row's own; may be none, or more than it has
-
-    int64_t seen(int64_t row) const { return smaller(kTile, seen_first + row); }
-};
-
 template <class Isa, template <class> class Format, int kBlocks>
 void score_blocks(const Tile& tile, int64_t block, int64_t from, int64_t to, Row* rows) {
     const uint8_t* keys = tile.keys + block * tile.shape.block_bytes();
     in_groups<Isa>(from, to, [&](auto count, int64_t row) {
         constexpr int kRows = decltype(count)::value;
         if (block * kKvBlock >= tile.seen(row + kRows - 1)) return;
-        score<Isa, Format, kRows, kBlocks>(tile.shape, keys, rows + row, block * kKvBlock);
+        score<Isa, Format, kRows, kBlocks>(tile, keys, rows + row, block * kKvBlock);
     });
 }
 
@@ -215,7 +229,7 @@ void score_tile(const Tile& tile, int64_t from, int64_t to, Row* rows) {
     if (to - from == 1) {
         for (; block + Isa::kBlocks <= blocks; block += Isa::kBlocks) {
             const uint8_t* keys = tile.keys + block * tile.shape.block_bytes();
-            score<Isa, Format, 1, Isa::kBlocks>(tile.shape, keys, rows + from, block * kKvBlock);
+            score<Isa, Format, 1, Isa::kBlocks>(tile, keys, rows + from, block * kKvBlock);
         }
     }
     for (; block + Isa::kRowBlocks <= blocks; block += Isa::kRowBlocks) {
@@ -277,10 +291,10 @@ void weigh(Row& row, int64_t count, int64_t size) {
 
 // sums += weights times values, over positions from <= i < to of a tile.
 template <class Isa, template <class> class Format, int kRows, int kVectors>
-__attribute__((always_inline)) inline void add_vectors(const KvShape& shape, const uint8_t* values, int64_t from,
-                                                       int64_t to, Row* rows, int64_t element) {
+__attribute__((always_inline)) inline void add_vectors(const Tile& tile, int64_t from, int64_t to, Row* rows,
+                                                       int64_t element) {
     constexpr int64_t kBytes = Format<Isa>::kBytes;
-    const int64_t block_bytes = shape.block_bytes(), size = shape.head_size;
+    const int64_t block_bytes = tile.shape.block_bytes(), size = tile.shape.head_size;
     typename Isa::Floats sums[kRows][kVectors];
     BIOMEDGPT_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -288,10 +302,15 @@ __attribute__((always_inline)) inline void add_vectors(const KvShape& shape, con
         for (int v = 0; v < kVectors; ++v) sums[r][v] = Isa::load(rows[r].sums + element + v * Isa::kLanes);
     }
     for (int64_t i = from; i < to; ++i) {
-        const uint8_t* value = values + i / kKvBlock * block_bytes + (i % kKvBlock * size + element) * kBytes;
+        const uint8_t* block = tile.values + i / kKvBlock * block_bytes;
+        const int64_t position = (i % kKvBlock * size + element) * kBytes;
         typename Isa::Floats elements[kVectors];
         BIOMEDGPT_UNROLL
-        for (int v = 0; v < kVectors; ++v) elements[v] = Format<Isa>::load(value + v * Isa::kLanes * kBytes);
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t offset = position + v * Isa::kLanes * kBytes;
+            elements[v] = Format<Isa>::load(block + offset);
+            fetch_ahead<kRows>(block, tile.ahead, offset);
+        }
         BIOMEDGPT_UNROLL
         for (int r = 0; r < kRows; ++r) {
             const typename Isa::Floats weight = Isa::set(rows[r].scores[i]);
@@ -312,9 +331,9 @@ void add_elements(const Tile& tile, int64_t element, int64_t from, int64_t to, R
         constexpr int kRows = decltype(count)::value;
         // What a row does not attend to is not even multiplied by 0, for it may be no number.
         const int64_t common = tile.seen(row);
-        add_vectors<Isa, Format, kRows, kVectors>(tile.shape, tile.values, 0, common, rows + row, element);
+        add_vectors<Isa, Format, kRows, kVectors>(tile, 0, common, rows + row, element);
         for (int64_t r = row + 1; r < row + kRows; ++r) {
-            add_vectors<Isa, Format, 1, kVectors>(tile.shape, tile.values, common, tile.seen(r), rows + r, element);
+            add_vectors<Isa, Format, 1, kVectors>(tile, common, tile.seen(r), rows + r, element);
         }
     });
 }
@@ -328,7 +347,7 @@ void add_values(const Tile& tile, int64_t from, int64_t to, Row* rows) {
         constexpr int64_t kStep = Isa::kVectors * Isa::kLanes;
         for (; element + kStep <= size; element += kStep) {
             const int64_t seen = tile.seen(from);
-            add_vectors<Isa, Format, 1, Isa::kVectors>(tile.shape, tile.values, 0, seen, rows + from, element);
+            add_vectors<Isa, Format, 1, Isa::kVectors>(tile, 0, seen, rows + from, element);
         }
     }
     constexpr int64_t kStep = Isa::kRowVectors * Isa::kLanes;
@@ -376,7 +395,7 @@ template <class Isa, template <class> class Format>
 void attend_all(const AttentionHead& head, int64_t first, int64_t count, Row* rows) {
     for (int64_t start = 0; start < first + count; start += kTile) {
         const int64_t offset = start / kKvBlock * head.shape.block_bytes();
-        const Tile tile{head.shape, head.keys + offset, head.values + offset, first + 1 - start};
+        const Tile tile{head.shape, head.keys + offset, head.values + offset, head.bytes(), first + 1 - start};
         attend_tile<Isa, Format>(tile, start > first ? start - first : 0, count, rows);
     }
 }

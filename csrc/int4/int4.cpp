@@ -119,6 +119,7 @@ void multiply_panel(const Block& block, const uint8_t* records, float* totals) {
         tile.unpacked = values;
         tile.group = shape.group;
         tile.groups = std::min(step, shape.groups() - group);
+        tile.ahead = tile.records + (unpacked ? tile.groups : 1) * shape.record_bytes();
         tile.fresh = group == 0;
         if (unpacked) path.unpack(tile.records, tile.group, tile.groups, values);
         const auto multiply = unpacked ? path.multiply_unpacked : path.multiply;
@@ -164,7 +165,9 @@ bool is_few(const Int4Path& path, int64_t rows) {
     return rows <= std::min(path.tile_rows, kFewRows);
 }
 
-// A few rows and up to kStreams panels, of one matrix or of two by turns.
+// A few rows and up to kStreams panels, of one matrix or of two by turns. What is fetched ahead is a record of the same
+// panel: far enough for the memory's latency at its full rate, near enough to stay in the L1 cache. During a panel's
+// last one, it is the first of the panel that comes after these, which this thread or another one takes next.
 void multiply_few(const Block& block, int64_t panel, int64_t panels, int64_t matrices) {
     const Int4Shape& shape = block.weights.shape;
     const uint8_t* records = block.weights.records + panel * matrices * shape.panel_bytes();
@@ -177,6 +180,9 @@ void multiply_few(const Block& block, int64_t panel, int64_t panels, int64_t mat
         tile.rows = part_of(block.rows, 0, group, shape.group);
         for (int64_t stream = 0; stream < panels * matrices; ++stream) {
             tile.records = records + stream * shape.panel_bytes() + group * shape.record_bytes();
+            const bool last = group + 1 == shape.groups();
+            tile.ahead =
+                last ? records + (kStreams + stream) * shape.panel_bytes() : tile.records + shape.record_bytes();
             tile.totals = totals[stream];
             block.path.multiply(tile, block.count);
         }
@@ -198,13 +204,9 @@ void multiply_panels(const Block& block, int64_t first, int64_t end, int64_t mat
     for (; first < end; ++first) matrices == 2 ? gate_up_panel(block, first) : linear_panel(block, first);
 }
 
-// Panels that a thread takes at once: a stream long enough for the memory to get up to speed, and some more items than
-// threads, so that none waits long for the last one.
-int64_t panels_at_once(int64_t panels, int64_t rows) {
-    constexpr int64_t kFewest = 4, kMost = 16, kItems = 16;
-    if (rows >= kInt4RowStep) return kFewest;
-    return std::clamp(panels / kItems, kFewest, kMost);
-}
+// Panels that a thread takes at once. More would have a thread wait longer for the other's last ones.
+constexpr int64_t kPanelsAtOnce = 4;
+static_assert(kPanelsAtOnce % kStreams == 0);
 
 void quantize_rows(const Int4Path& path, const float* x, int64_t count, const Int4Shape& shape, const Int4Rows& rows,
                    const ParallelFor& parallel) {
@@ -228,7 +230,7 @@ void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices
         const Int4Rows rows = workspace().rows_for(count, shape);
         quantize_rows(path, args.x + first * shape.columns, count, shape, rows, options.parallel);
         const Block block{path, args.weights, rows, count, args.y + first * shape.rows};
-        const int64_t at_once = panels_at_once(shape.panels() * matrices, count) / matrices;
+        const int64_t at_once = kPanelsAtOnce / matrices;
         options.parallel((shape.panels() + at_once - 1) / at_once, [&](int64_t item) {
             multiply_panels(block, item * at_once, std::min(shape.panels(), (item + 1) * at_once), matrices);
         });

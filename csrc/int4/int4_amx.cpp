@@ -11,8 +11,8 @@ constexpr int64_t kTileBytes = 64;  // of a row
 constexpr int64_t kPanelStride = kInt4PanelRows * int64_t{sizeof(int32_t)};
 static_assert(kInt4RowStep == 2 * kTileRows && kInt4PanelRows == 2 * kTileRows && kPanelStride == kQuadBytes);
 
-// Tiles 0 to 3 are sums, 4 and 5 rows of activations, 6 and 7 the two halves of a panel's rows, four columns each a
-// row.
+// Tiles take signed values, so that no term is left for their zero point. Tiles 0 to 3 are sums, 4 and 5 rows of
+// activations, 6 and 7 the two halves of a panel's rows, four columns each a row.
 inline TileConfig tiles_of(int64_t columns) {
     TileConfig config;
     config.set(0, 3, kTileRows, kTileBytes);
@@ -21,82 +21,195 @@ inline TileConfig tiles_of(int64_t columns) {
     return config;
 }
 
-// Signed values, so that no term is left for their zero point.
-inline void unpack_signed(const uint8_t* records, int64_t group, int64_t groups, uint8_t* unpacked) {
-    unpack(records, group, groups, unpacked);
-    for (int64_t i = 0; i < groups * group * kInt4PanelRows; ++i) {
-        unpacked[i] = static_cast<uint8_t>(unpacked[i] - kInt4ZeroPoint);
+// What comes after the records of a tile is fetched in as many parts as there are products, for the memory's sake.
+class Fetch {
+  public:
+    Fetch(const Int4Tile& tile, int64_t parts)
+        : from_(tile.ahead),
+          bytes_(tile.groups * tile.record_bytes()),
+          part_((bytes_ / parts + kCacheLine) / kCacheLine * kCacheLine) {}
+
+    void part(int64_t index) const {
+        const int64_t first = index * part_;
+        if (first < bytes_) prefetch(from_, static_cast<uintptr_t>(first), part_);
     }
+
+  private:
+    const uint8_t* from_;
+    int64_t bytes_, part_;
+};
+
+// The product of some rows and a panel over one group. Its sums are exact.
+struct Product {
+    const int8_t* x;
+    int64_t stride;
+    const uint8_t* values;
+    int64_t columns;  // of a tile: the group, or half of it
+    int64_t rows;     // 1 to 32
+    int32_t* sums;    // [32, 32]
+};
+
+// What is to be done with sums: they are added to totals, with the scales of their rows and of the weights.
+struct Addition {
+    const int32_t* sums;
+    const uint8_t* scales;
+    const float* row_scales;
+    int64_t groups;
+    int64_t rows;  // as many as of the product; 0 where nothing is left to do
+    bool fresh;
+    float* totals;
+};
+
+// Where a tile of sums belongs.
+inline int32_t* part_of(const Product& product, int tile) {
+    return product.sums + tile / 2 * kTileRows * kInt4PanelRows + tile % 2 * kTileRows;
 }
 
-// sums[row, i] of one group; `more` than 16 rows or not.
-inline void multiply_group(const int8_t* x, int64_t stride, const uint8_t* values, int64_t group, int64_t columns,
-                           bool more, int32_t* sums) {
+inline void load_rows(const Product& product, int64_t column) {
+    _tile_loadd(4, product.x + column, product.stride);
+}
+
+inline void load_more_rows(const Product& product, int64_t column) {
+    _tile_loadd(5, product.x + kTileRows * product.stride + column, product.stride);
+}
+
+inline void load_weights(const Product& product, int64_t column) {
+    const uint8_t* quads = product.values + column * kInt4PanelRows;
+    _tile_loadd(6, quads, kQuadBytes);
+    _tile_loadd(7, quads + kTileBytes, kQuadBytes);
+}
+
+inline void clear_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t column = 0; column < group; column += columns) {
-        const uint8_t* quads = values + column * kInt4PanelRows;
-        _tile_loadd(6, quads, kQuadBytes);
-        _tile_loadd(7, quads + kTileBytes, kQuadBytes);
-        _tile_loadd(4, x + column, stride);
+}
+
+__attribute__((always_inline)) inline void add_rows(const Addition& addition, int64_t first, int64_t count) {
+    using Isa = Avx512Vnni;
+    const Isa::Floats left = Isa::load_halves(addition.scales);
+    const Isa::Floats right = Isa::load_halves(addition.scales + 2 * Isa::kLanes);
+    BIOMEDGPT_UNROLL
+    for (int64_t row = first; row < first + count; ++row) {
+        const Isa::Floats row_scale = Isa::set(addition.row_scales[row * addition.groups]);
+        BIOMEDGPT_UNROLL
+        for (int64_t v = 0; v < kInt4PanelRows; v += Isa::kLanes) {
+            const __m512i sum = _mm512_load_si512(addition.sums + row * kInt4PanelRows + v);
+            const Isa::Floats product = Isa::scale(Isa::to_floats(sum), v == 0 ? left : right);
+            float* total = addition.totals + row * kInt4PanelRows + v;
+            Isa::store(total, Isa::fma(product, row_scale, addition.fresh ? Isa::zero() : Isa::load(total)));
+        }
+    }
+}
+
+// Any number of rows.
+inline void multiply_rows_of(const Product& product, int64_t group) {
+    const bool more = product.rows > kTileRows;
+    clear_sums();
+    for (int64_t column = 0; column < group; column += product.columns) {
+        load_weights(product, column);
+        load_rows(product, column);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
         if (more) {
-            _tile_loadd(5, x + kTileRows * stride + column, stride);
+            load_more_rows(product, column);
             _tile_dpbssd(2, 5, 6);
             _tile_dpbssd(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, kPanelStride);
-    _tile_stored(1, sums + kTileRows, kPanelStride);
+    _tile_stored(0, part_of(product, 0), kPanelStride);
+    _tile_stored(1, part_of(product, 1), kPanelStride);
     if (more) {
-        _tile_stored(2, sums + kTileRows * kInt4PanelRows, kPanelStride);
-        _tile_stored(3, sums + kTileRows * kInt4PanelRows + kTileRows, kPanelStride);
+        _tile_stored(2, part_of(product, 2), kPanelStride);
+        _tile_stored(3, part_of(product, 3), kPanelStride);
     }
 }
 
-inline void add_to_totals(const int32_t* sums, const uint8_t* scales, const float* row_scales, int64_t groups,
-                          int64_t rows, bool fresh, float* totals) {
-    using Isa = Avx512Vnni;
-    for (int64_t v = 0; v < kInt4PanelRows; v += Isa::kLanes) {
-        const Isa::Floats scale = Isa::load_halves(scales + 2 * v);
-        for (int64_t row = 0; row < rows; ++row) {
-            const Isa::Floats product =
-                Isa::scale(Isa::to_floats(_mm512_load_si512(sums + row * kInt4PanelRows + v)), scale);
-            float* total = totals + row * kInt4PanelRows + v;
-            const Isa::Floats before = fresh ? Isa::zero() : Isa::load(total);
-            Isa::store(total, Isa::fma(product, Isa::set(row_scales[row * groups]), before));
-        }
+// A product of more than 16 rows, and between its instructions the addition of the one before, 32 rows of it: they go
+// to different units, but one after the other neither would begin before the other one's end.
+template <int kSteps>
+inline void multiply_and_add(const Product& product, const Addition& addition) {
+    constexpr int64_t kRows = kInt4RowStep / (4 * kSteps);
+    clear_sums();
+    int64_t row = 0;
+    BIOMEDGPT_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+        const int64_t column = step * product.columns;
+        const bool last = step + 1 == kSteps;
+        load_weights(product, column);
+        load_rows(product, column);
+        _tile_dpbssd(0, 4, 6);
+        add_rows(addition, row, kRows);
+        _tile_dpbssd(1, 4, 7);
+        if (last) _tile_stored(0, part_of(product, 0), kPanelStride);
+        add_rows(addition, row + kRows, kRows);
+        load_more_rows(product, column);
+        _tile_dpbssd(2, 5, 6);
+        if (last) _tile_stored(1, part_of(product, 1), kPanelStride);
+        add_rows(addition, row + 2 * kRows, kRows);
+        _tile_dpbssd(3, 5, 7);
+        if (last) _tile_stored(2, part_of(product, 2), kPanelStride);
+        add_rows(addition, row + 3 * kRows, kRows);
+        if (last) _tile_stored(3, part_of(product, 3), kPanelStride);
+        row += 4 * kRows;
+    }
+}
+
+// The two at once where both are whole.
+inline void multiply_and_add(const Product& product, const Addition& addition, int64_t group) {
+    if (product.rows <= kTileRows || addition.rows < kInt4RowStep) {
+        if (addition.rows > 0) add_rows(addition, 0, addition.rows);
+        multiply_rows_of(product, group);
+    } else if (product.columns < group) {
+        multiply_and_add<2>(product, addition);
+    } else {
+        multiply_and_add<1>(product, addition);
     }
 }
 
 void multiply_tiles(const Int4Tile& tile, int64_t rows) {
     const int64_t columns = tile.group < kTileBytes ? tile.group : kTileBytes;
-    const int64_t record_bytes = tile.record_bytes();
+    const int64_t record_bytes = tile.record_bytes(), stride = tile.rows.stride, groups = tile.rows.groups;
+    const Fetch fetch(tile, (rows + kInt4RowStep - 1) / kInt4RowStep * tile.groups);
+    alignas(64) int32_t sums[2][kInt4RowStep * kInt4PanelRows];
+    Addition left{};
+    int64_t step = 0;
     configure_tiles(tiles_of(columns));
     for (int64_t row = 0; row < rows; row += kInt4RowStep) {
         const int64_t count = rows - row < kInt4RowStep ? rows - row : kInt4RowStep;
-        for (int64_t g = 0; g < tile.groups; ++g) {
-            alignas(64) int32_t sums[kInt4RowStep * kInt4PanelRows];
-            multiply_group(tile.rows.values + row * tile.rows.stride + g * tile.group, tile.rows.stride,
-                           tile.unpacked + g * tile.group * kInt4PanelRows, tile.group, columns, count > kTileRows,
-                           sums);
-            add_to_totals(sums, tile.records + (g + 1) * record_bytes - kScaleBytes,
-                          tile.rows.scales + row * tile.rows.groups + g, tile.rows.groups, count, tile.fresh && g == 0,
-                          tile.totals + row * kInt4PanelRows);
+        for (int64_t g = 0; g < tile.groups; ++g, ++step) {
+            fetch.part(step);
+            const Product product{tile.rows.values + row * stride + g * tile.group,
+                                  stride,
+                                  tile.unpacked + g * tile.group * kInt4PanelRows,
+                                  columns,
+                                  count,
+                                  sums[step % 2]};
+            multiply_and_add(product, left, tile.group);
+            left = {product.sums,
+                    tile.records + (g + 1) * record_bytes - kScaleBytes,
+                    tile.rows.scales + row * groups + g,
+                    groups,
+                    count,
+                    tile.fresh && g == 0,
+                    tile.totals + row * kInt4PanelRows};
         }
     }
+    add_rows(left, 0, left.rows);
     _tile_release();  // tiles in use make every switch between threads save 8 KiB more
 }
 
 }  // namespace
 
-extern const Int4Path kInt4Amx = {"amx_int8",    Avx512Vnni::kTileRows,
-                                  kInt4RowBlock, kTileRows,
-                                  quantize,      multiply_up_to<Avx512Vnni, false, Avx512Vnni::kTileRows>,
-                                  unpack_signed, multiply_tiles,
+extern const Int4Path kInt4Amx = {"amx_int8",
+                                  Avx512Vnni::kTileRows,
+                                  kInt4RowBlock,
+                                  kTileRows,
+                                  quantize,
+                                  multiply_up_to<Avx512Vnni, false, Avx512Vnni::kTileRows>,
+                                  unpack<kInt4ZeroPoint>,
+                                  multiply_tiles,
                                   silu_multiply};
 
 }  // namespace biomedgpt

@@ -31,15 +31,17 @@ constexpr int64_t kQuadBytes = 4 * kInt4PanelRows;   // four columns of a panel,
 constexpr int64_t kStepColumns = 32;                 // what every group is a multiple of
 constexpr int64_t kScaleBytes = 2 * kInt4PanelRows;  // of a record
 constexpr int64_t kCacheLine = 64;
-// A record ahead: far enough for the memory's latency at its full rate, near enough for four streams to stay in the L1
-// cache. What is beyond the end of a matrix is only hinted at.
-constexpr int64_t kPrefetchBytes = 2048;
 
-inline void prefetch(const uint8_t* from, int64_t bytes) {
-    const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(kPrefetchBytes);
+// `distance` ahead of what is read, which may be beyond the end of a matrix: it is only hinted at.
+inline void prefetch(const uint8_t* from, uintptr_t distance, int64_t bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(from) + distance;
     for (int64_t i = 0; i < bytes; i += kCacheLine) {
         __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<uintptr_t>(i)));
     }
+}
+
+inline uintptr_t distance(const uint8_t* from, const uint8_t* to) {
+    return reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from);
 }
 
 template <class Isa, int kRows>
@@ -51,8 +53,8 @@ struct Sums {
 
 // Adds the products of one group and `kPass` vectors of a panel, `values` of which begin at the first one.
 template <class Isa, int kRows, bool kUnpacked>
-__attribute__((always_inline)) inline void add_group(const uint8_t* values, const int8_t* x, int64_t stride,
-                                                     int64_t group, Sums<Isa, kRows>& sums) {
+__attribute__((always_inline)) inline void add_group(const uint8_t* values, uintptr_t ahead, const int8_t* x,
+                                                     int64_t stride, int64_t group, Sums<Isa, kRows>& sums) {
     constexpr int kChains = Sums<Isa, kRows>::kChains, kPass = Isa::kPass;
     constexpr int64_t kVectorBytes = 4 * Isa::kLanes;
     for (int64_t column = 0; column < group; column += kStepColumns) {
@@ -68,7 +70,7 @@ __attribute__((always_inline)) inline void add_group(const uint8_t* values, cons
         BIOMEDGPT_UNROLL
         for (int64_t block = 0; block < kStepColumns / kBlockColumns; ++block) {
             typename Isa::Quads low[kPass], high[kPass];
-            if (!kUnpacked) prefetch(values, kPass * kVectorBytes);
+            if (!kUnpacked) prefetch(values, ahead, kPass * kVectorBytes);
             BIOMEDGPT_UNROLL
             for (int v = 0; v < kPass; ++v) {
                 const typename Isa::Quads quads = Isa::load(values + v * kVectorBytes);
@@ -114,11 +116,12 @@ void multiply_rows(const Int4Tile& tile) {
         }
     }
     const int64_t record_bytes = tile.record_bytes();
+    const uintptr_t ahead = distance(tile.records, tile.ahead);
     for (int64_t g = 0; g < tile.groups; ++g) {
         const uint8_t* record = tile.records + g * record_bytes;
         const uint8_t* values = kUnpacked ? tile.unpacked + g * tile.group * kInt4PanelRows : record;
         const uint8_t* scales = record + record_bytes - kScaleBytes;
-        if (!kUnpacked) prefetch(scales, kScaleBytes);
+        if (!kUnpacked) prefetch(scales, ahead, kScaleBytes);
         BIOMEDGPT_UNROLL
         for (int first = 0; first < kVectors; first += kPass) {
             Sums<Isa, kRows> sums;
@@ -130,8 +133,8 @@ void multiply_rows(const Int4Tile& tile) {
                     if (kChains > 1) sums.of[kChains - 1][r][v] = Isa::set(int32_t{0});
                 }
             }
-            add_group<Isa, kRows, kUnpacked>(values + first * kVectorBytes, rows.values + g * tile.group, rows.stride,
-                                             tile.group, sums);
+            add_group<Isa, kRows, kUnpacked>(values + first * kVectorBytes, ahead, rows.values + g * tile.group,
+                                             rows.stride, tile.group, sums);
             BIOMEDGPT_UNROLL
             for (int v = 0; v < kPass; ++v) {
                 const typename Isa::Floats scale = Isa::load_halves(scales + 2 * Isa::kLanes * (first + v));
@@ -162,14 +165,16 @@ void multiply_up_to(const Int4Tile& tile, int64_t rows) {
     if constexpr (kRows > 1) multiply_up_to<Isa, kUnpacked, kRows - 1>(tile, rows);
 }
 
-// The low halves of a block are one quad of columns, the high ones the next.
-inline void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_t* __restrict unpacked) {
+// The low halves of a block are one quad of columns, the high ones the next. Signed where a zero point is taken off.
+template <int64_t kZeroPoint = 0>
+void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_t* __restrict unpacked) {
+    const auto ahead = static_cast<uintptr_t>(kInt4PanelRows * group / 2 + kScaleBytes);  // the next record
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t block = 0; block < group / kBlockColumns; ++block) {
-            prefetch(records, kQuadBytes);
+            prefetch(records, ahead, kQuadBytes);
             for (int64_t i = 0; i < kQuadBytes; ++i) {
-                unpacked[i] = records[i] & 15;
-                unpacked[kQuadBytes + i] = records[i] >> 4;
+                unpacked[i] = static_cast<uint8_t>((records[i] & 15) - kZeroPoint);
+                unpacked[kQuadBytes + i] = static_cast<uint8_t>((records[i] >> 4) - kZeroPoint);
             }
             records += kQuadBytes;
             unpacked += 2 * kQuadBytes;
@@ -201,7 +206,7 @@ constexpr Int4Path int4_path(const char* name) {
             16,
             quantize,
             multiply_up_to<Isa, false, Isa::kTileRows>,
-            unpack,
+            unpack<>,
             multiply_up_to<Isa, true, Isa::kUnpackedTileRows>,
             silu_multiply};
 }

@@ -28,6 +28,7 @@ struct Int4Rows {
 // A product of some rows and one panel over some groups, added to totals.
 struct Int4Tile {
     const uint8_t* records;   // those of the groups
+    const uint8_t* ahead;     // records that are wanted next, fetched while these are read, or what may follow a matrix
     const uint8_t* unpacked;  // their values, one byte each: [group * groups / 4, 32 rows, 4 columns]
     int64_t group;
     int64_t groups;
