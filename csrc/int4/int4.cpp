@@ -133,10 +133,7 @@ void multiply_panel(const Block& block, const uint8_t* records, float* totals) {
 
 void write_panel(const Block& block, int64_t panel, const float* totals) {
     const int64_t width = block.weights.shape.rows, column = panel * kInt4PanelRows;
-    const auto bytes = static_cast<size_t>(std::min(kInt4PanelRows, width - column)) * sizeof(float);
-    for (int64_t row = 0; row < block.count; ++row) {
-        std::memcpy(block.y + row * width + column, totals + row * kInt4PanelRows, bytes);
-    }
+    block.path.write(totals, block.count, std::min(kInt4PanelRows, width - column), block.y + column, width);
 }
 
 using Totals = float[kInt4RowBlock * kInt4PanelRows];

@@ -198,6 +198,11 @@ inline void silu_multiply(float* __restrict gate, const float* __restrict up, in
     for (int64_t i = 0; i < count; ++i) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
+inline void write(const float* totals, int64_t rows, int64_t columns, float* y, int64_t stride) {
+    const auto bytes = static_cast<size_t>(columns) * sizeof *y;
+    for (int64_t row = 0; row < rows; ++row) std::memcpy(y + row * stride, totals + row * kInt4PanelRows, bytes);
+}
+
 template <class Isa>
 constexpr Int4Path int4_path(const char* name) {
     return {name,
@@ -208,7 +213,8 @@ constexpr Int4Path int4_path(const char* name) {
             multiply_up_to<Isa, false, Isa::kTileRows>,
             unpack<>,
             multiply_up_to<Isa, true, Isa::kUnpackedTileRows>,
-            silu_multiply};
+            silu_multiply,
+            write};
 }
 
 }  // namespace

@@ -94,10 +94,10 @@ void multiply_pairs(const Int4Tile& tile, int64_t rows) {
 
 }  // namespace
 
-extern const Int4Path kInt4NeonI8mm = {"neon_i8mm",  NeonDotprod::kTileRows,
-                                       kTileRows,    16,
-                                       quantize,     multiply_up_to<NeonDotprod, false, NeonDotprod::kTileRows>,
-                                       unpack_pairs, multiply_pairs,
-                                       silu_multiply};
+extern const Int4Path kInt4NeonI8mm = {"neon_i8mm",   NeonDotprod::kTileRows,
+                                       kTileRows,     16,
+                                       quantize,      multiply_up_to<NeonDotprod, false, NeonDotprod::kTileRows>,
+                                       unpack_pairs,  multiply_pairs,
+                                       silu_multiply, write};
 
 }  // namespace biomedgpt

@@ -54,6 +54,9 @@ struct Int4Path {
 
     // gate[i] = silu(gate[i]) * up[i]
     void (*silu_multiply)(float* gate, const float* up, int64_t count);
+
+    // The first `columns` of totals [rows, 32] to y [rows, stride].
+    void (*write)(const float* totals, int64_t rows, int64_t columns, float* y, int64_t stride);
 };
 
 extern const Int4Path kInt4Portable;
