@@ -104,106 +104,92 @@ Int4Rows part_of(const Int4Rows& rows, int64_t row, int64_t group, int64_t colum
             rows.zero_terms + number, rows.groups};
 }
 
-// totals[row, i] = the product of a row and row i of a panel, a block of which stays in the L1 cache until all rows
-// have had it.
-void multiply_panel(const Block& block, const uint8_t* records, float* totals) {
-    const Int4Path& path = block.path;
-    const Int4Shape& shape = block.weights.shape;
-    const bool unpacked = block.count >= path.unpacked_from;
-    const int64_t tile_rows = unpacked ? path.unpacked_tile_rows : path.tile_rows;
-    const int64_t step = kInt4BlockColumns / shape.group;
-    alignas(64) uint8_t values[kInt4BlockColumns * kInt4PanelRows];
-    for (int64_t group = 0; group < shape.groups(); group += step) {
-        Int4Tile tile{};
-        tile.records = records + group * shape.record_bytes();
-        tile.unpacked = values;
-        tile.group = shape.group;
-        tile.groups = std::min(step, shape.groups() - group);
-        tile.ahead = tile.records + (unpacked ? tile.groups : 1) * shape.record_bytes();
-        tile.fresh = group == 0;
-        if (unpacked) path.unpack(tile.records, tile.group, tile.groups, values);
-        const auto multiply = unpacked ? path.multiply_unpacked : path.multiply;
-        for (int64_t row = 0; row < block.count; row += tile_rows) {
-            tile.rows = part_of(block.rows, row, group, shape.group);
-            tile.totals = totals + row * kInt4PanelRows;
-            multiply(tile, std::min(tile_rows, block.count - row));
-        }
-    }
-}
+// Panels whose records a thread reads in turn: a memory gives more to one that reads at four places than to one that
+// reads at a single one.
+constexpr int64_t kStreams = 4;
 
-void write_panel(const Block& block, int64_t panel, const float* totals) {
-    const int64_t width = block.weights.shape.rows, column = panel * kInt4PanelRows;
-    block.path.write(totals, block.count, std::min(kInt4PanelRows, width - column), block.y + column, width);
-}
-
-using Totals = float[kInt4RowBlock * kInt4PanelRows];
-
-void linear_panel(const Block& block, int64_t panel) {
-    alignas(64) Totals totals;
-    multiply_panel(block, block.weights.records + panel * block.weights.shape.panel_bytes(), totals);
-    write_panel(block, panel, totals);
-}
-
-void gate_up_panel(const Block& block, int64_t panel) {
-    alignas(64) Totals gate, up;
-    const int64_t panel_bytes = block.weights.shape.panel_bytes();
-    const uint8_t* records = block.weights.records + 2 * panel * panel_bytes;
-    multiply_panel(block, records, gate);
-    multiply_panel(block, records + panel_bytes, up);
-    block.path.silu_multiply(gate, up, block.count * kInt4PanelRows);
-    write_panel(block, panel, gate);
-}
-
-// Rows that all paths but the portable one multiply at once, and records of as many panels that are read in turn: a
-// memory gives more to a thread that reads at four places than to one that reads at a single one.
-constexpr int64_t kFewRows = 8, kStreams = 4;
-
+// Rows that all paths but the portable one multiply at once.
 bool is_few(const Int4Path& path, int64_t rows) {
+    constexpr int64_t kFewRows = 8;
     return rows <= std::min(path.tile_rows, kFewRows);
 }
 
-// A few rows and up to kStreams panels, of one matrix or of two by turns. What is fetched ahead is a record of the same
-// panel: far enough for the memory's latency at its full rate, near enough to stay in the L1 cache. During a panel's
-// last one, it is the first of the panel that comes after these, which this thread or another one takes next.
-void multiply_few(const Block& block, int64_t panel, int64_t panels, int64_t matrices) {
+// All rows and a part of a panel, its groups from `group` on, which stays in the L1 cache meanwhile.
+void multiply_part(const Block& block, int64_t group, Int4Tile tile) {
+    const Int4Path& path = block.path;
+    const bool unpacked = block.count >= path.unpacked_from;
+    const int64_t tile_rows = unpacked ? path.unpacked_tile_rows : path.tile_rows;
+    const auto multiply = unpacked ? path.multiply_unpacked : path.multiply;
+    alignas(64) uint8_t values[kInt4BlockColumns * kInt4PanelRows];
+    if (unpacked) path.unpack(tile.records, tile.group, tile.groups, values);
+    tile.unpacked = values;
+    float* totals = tile.totals;
+    for (int64_t row = 0; row < block.count; row += tile_rows) {
+        tile.rows = part_of(block.rows, row, group, tile.group);
+        tile.totals = totals + row * kInt4PanelRows;
+        multiply(tile, std::min(tile_rows, block.count - row));
+    }
+}
+
+// totals[panel, row, i] = the product of a row and row i of a panel, for up to kStreams panels that follow one another
+// and a few rows. What is fetched ahead is a record of the same panel: far enough for the memory's latency at its full
+// rate, near enough to stay in the L1 cache. During a panel's last one, it is the first of the panel that comes after
+// these, which this thread or another one takes next.
+void multiply_few(const Block& block, const uint8_t* records, int64_t panels, float* totals) {
     const Int4Shape& shape = block.weights.shape;
-    const uint8_t* records = block.weights.records + panel * matrices * shape.panel_bytes();
-    alignas(64) float totals[kStreams][kFewRows * kInt4PanelRows];
     Int4Tile tile{};
     tile.group = shape.group;
     tile.groups = 1;
     for (int64_t group = 0; group < shape.groups(); ++group) {
+        const bool last = group + 1 == shape.groups();
         tile.fresh = group == 0;
         tile.rows = part_of(block.rows, 0, group, shape.group);
-        for (int64_t stream = 0; stream < panels * matrices; ++stream) {
-            tile.records = records + stream * shape.panel_bytes() + group * shape.record_bytes();
-            const bool last = group + 1 == shape.groups();
-            tile.ahead =
-                last ? records + (kStreams + stream) * shape.panel_bytes() : tile.records + shape.record_bytes();
-            tile.totals = totals[stream];
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            tile.records = records + panel * shape.panel_bytes() + group * shape.record_bytes();
+            tile.ahead = last ? records + (panels + panel) * shape.panel_bytes() : tile.records + shape.record_bytes();
+            tile.totals = totals + panel * block.count * kInt4PanelRows;
             block.path.multiply(tile, block.count);
         }
     }
-    for (int64_t i = 0; i < panels; ++i) {
-        float* of = totals[i * matrices];
-        if (matrices == 2) block.path.silu_multiply(of, totals[i * matrices + 1], block.count * kInt4PanelRows);
-        write_panel(block, panel + i, of);
+}
+
+// The same for many rows, by parts of panels: the rows of a part stay in the L2 cache until all panels have had them.
+// What is fetched ahead is the next part.
+void multiply_many(const Block& block, const uint8_t* records, int64_t panels, float* totals) {
+    const Int4Shape& shape = block.weights.shape;
+    const int64_t step = kInt4BlockColumns / shape.group;
+    Int4Tile tile{};
+    tile.group = shape.group;
+    for (int64_t group = 0; group < shape.groups(); group += step) {
+        const bool last = group + step >= shape.groups();
+        tile.groups = std::min(step, shape.groups() - group);
+        tile.fresh = group == 0;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            tile.records = records + panel * shape.panel_bytes() + group * shape.record_bytes();
+            const uint8_t* next_turn =
+                last ? records + panels * shape.panel_bytes() : records + (group + step) * shape.record_bytes();
+            tile.ahead = panel + 1 == panels ? next_turn : tile.records + shape.panel_bytes();
+            tile.totals = totals + panel * block.count * kInt4PanelRows;
+            multiply_part(block, group, tile);
+        }
     }
 }
 
-// Panels first <= panel < end.
-void multiply_panels(const Block& block, int64_t first, int64_t end, int64_t matrices) {
-    if (is_few(block.path, block.count)) {
-        const int64_t step = kStreams / matrices;
-        for (; first < end; first += step) multiply_few(block, first, std::min(step, end - first), matrices);
-        return;
+// Panels first <= panel < end of y, at most kStreams of weights: of one matrix, or of two by turns.
+void linear_panels(const Block& block, int64_t first, int64_t end, int64_t matrices) {
+    const Int4Shape& shape = block.weights.shape;
+    const int64_t size = block.count * kInt4PanelRows;
+    alignas(64) float totals[kStreams * kInt4RowBlock * kInt4PanelRows];
+    const uint8_t* records = block.weights.records + first * matrices * shape.panel_bytes();
+    const auto multiply = is_few(block.path, block.count) ? multiply_few : multiply_many;
+    multiply(block, records, (end - first) * matrices, totals);
+    for (int64_t panel = first; panel < end; ++panel) {
+        float* of = totals + (panel - first) * matrices * size;
+        if (matrices == 2) block.path.silu_multiply(of, of + size, size);
+        const int64_t column = panel * kInt4PanelRows, columns = std::min(kInt4PanelRows, shape.rows - column);
+        block.path.write(of, block.count, columns, block.y + column, shape.rows);
     }
-    for (; first < end; ++first) matrices == 2 ? gate_up_panel(block, first) : linear_panel(block, first);
 }
-
-// Panels that a thread takes at once. More would have a thread wait longer for the other's last ones.
-constexpr int64_t kPanelsAtOnce = 4;
-static_assert(kPanelsAtOnce % kStreams == 0);
 
 void quantize_rows(const Int4Path& path, const float* x, int64_t count, const Int4Shape& shape, const Int4Rows& rows,
                    const ParallelFor& parallel) {
@@ -227,9 +213,10 @@ void multiply(const Int4Args& args, const Int4Options& options, int64_t matrices
         const Int4Rows rows = workspace().rows_for(count, shape);
         quantize_rows(path, args.x + first * shape.columns, count, shape, rows, options.parallel);
         const Block block{path, args.weights, rows, count, args.y + first * shape.rows};
-        const int64_t at_once = kPanelsAtOnce / matrices;
+        // No more at once: at the end, one thread waits for the other's last panels.
+        const int64_t at_once = kStreams / matrices;
         options.parallel((shape.panels() + at_once - 1) / at_once, [&](int64_t item) {
-            multiply_panels(block, item * at_once, std::min(shape.panels(), (item + 1) * at_once), matrices);
+            linear_panels(block, item * at_once, std::min(shape.panels(), (item + 1) * at_once), matrices);
         });
     }
 }
