@@ -24,6 +24,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/inline.h"
 #include "common/parallel_for.h"
 
 namespace biomedgpt {
@@ -42,10 +43,14 @@ struct KvShape {
     int64_t blocks = 0;  // per head
     KvFormat format = KvFormat::f32;
 
-    int64_t element_bytes() const { return format == KvFormat::f32 ? 4 : format == KvFormat::f16 ? 2 : 1; }
-    int64_t scale_bytes() const { return format == KvFormat::i8 ? kKvBlock * int64_t{sizeof(float)} : 0; }
-    int64_t block_bytes() const { return kKvBlock * head_size * element_bytes() + scale_bytes(); }
-    int64_t positions() const { return blocks * kKvBlock; }
+    BIOMEDGPT_INLINE int64_t element_bytes() const {
+        return format == KvFormat::f32 ? 4 : format == KvFormat::f16 ? 2 : 1;
+    }
+    BIOMEDGPT_INLINE int64_t scale_bytes() const {
+        return format == KvFormat::i8 ? kKvBlock * int64_t{sizeof(float)} : 0;
+    }
+    BIOMEDGPT_INLINE int64_t block_bytes() const { return kKvBlock * head_size * element_bytes() + scale_bytes(); }
+    BIOMEDGPT_INLINE int64_t positions() const { return blocks * kKvBlock; }
 };
 
 // The format whose blocks have so many bytes. Throws ArgumentError where none has.

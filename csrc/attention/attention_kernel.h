@@ -126,7 +126,7 @@ struct Tile {
     KvShape shape;
     const uint8_t* keys;
     const uint8_t* values;
-    int64_t ahead;       // bytes to the next head
+    int64_t ahead;       // bytes to the next head's cache for a single row, 0 for several
     int64_t seen_first;  // positions from its beginning up to the first row's own; may be none, or more than it has
 
     int64_t seen(int64_t row) const { return smaller(kTile, seen_first + row); }
@@ -395,7 +395,8 @@ template <class Isa, template <class> class Format>
 void attend_all(const AttentionHead& head, int64_t first, int64_t count, Row* rows) {
     for (int64_t start = 0; start < first + count; start += kTile) {
         const int64_t offset = start / kKvBlock * head.shape.block_bytes();
-        const Tile tile{head.shape, head.keys + offset, head.values + offset, head.bytes(), first + 1 - start};
+        const int64_t ahead = count == 1 ? head.bytes() : 0;
+        const Tile tile{head.shape, head.keys + offset, head.values + offset, ahead, first + 1 - start};
         attend_tile<Isa, Format>(tile, start > first ? start - first : 0, count, rows);
     }
 }

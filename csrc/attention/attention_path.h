@@ -27,7 +27,9 @@ struct AttentionHead {
     uint8_t* keys = nullptr;
     uint8_t* values = nullptr;
 
-    int64_t bytes() const { return shape.blocks * shape.block_bytes(); }  // of either, up to those of the next head
+    BIOMEDGPT_INLINE int64_t bytes() const {
+        return shape.blocks * shape.block_bytes();
+    }  // of either, up to those of the next head
 };
 
 struct AttentionPath {

@@ -57,7 +57,8 @@ class Workspace {
   public:
     Int4Rows rows_for(int64_t rows, const Int4Shape& shape) {
         const int64_t groups = shape.groups();
-        const int64_t stride = groups * shape.group + kLine;
+        // An odd number of cache lines: a tile is 16 rows, which would share sets of the L1 cache at a power of two.
+        const int64_t stride = (round_up(groups * shape.group, kLine) / kLine | 1) * kLine;
         const int64_t values = round_up(rows, kInt4RowStep) * stride, numbers = rows * groups;
         char* bytes = at_least(values + 2 * numbers * int64_t{sizeof(float)});
         auto* scales = reinterpret_cast<float*>(bytes + values);
@@ -146,7 +147,7 @@ void multiply_few(const Block& block, const uint8_t* records, int64_t panels, fl
         tile.rows = part_of(block.rows, 0, group, shape.group);
         for (int64_t panel = 0; panel < panels; ++panel) {
             tile.records = records + panel * shape.panel_bytes() + group * shape.record_bytes();
-            tile.ahead = last ? records + (panels + panel) * shape.panel_bytes() : tile.records + shape.record_bytes();
+            tile.ahead = last ? panels * shape.panel_bytes() - group * shape.record_bytes() : shape.record_bytes();
             tile.totals = totals + panel * block.count * kInt4PanelRows;
             block.path.multiply(tile, block.count);
         }
@@ -164,11 +165,11 @@ void multiply_many(const Block& block, const uint8_t* records, int64_t panels, f
         const bool last = group + step >= shape.groups();
         tile.groups = std::min(step, shape.groups() - group);
         tile.fresh = group == 0;
+        const int64_t turn = last ? panels * shape.panel_bytes() : (group + step) * shape.record_bytes();
         for (int64_t panel = 0; panel < panels; ++panel) {
-            tile.records = records + panel * shape.panel_bytes() + group * shape.record_bytes();
-            const uint8_t* next_turn =
-                last ? records + panels * shape.panel_bytes() : records + (group + step) * shape.record_bytes();
-            tile.ahead = panel + 1 == panels ? next_turn : tile.records + shape.panel_bytes();
+            const int64_t here = panel * shape.panel_bytes() + group * shape.record_bytes();
+            tile.records = records + here;
+            tile.ahead = panel + 1 == panels ? turn - here : shape.panel_bytes();
             tile.totals = totals + panel * block.count * kInt4PanelRows;
             multiply_part(block, group, tile);
         }

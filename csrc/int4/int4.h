@@ -28,6 +28,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/inline.h"
 #include "common/parallel_for.h"
 
 namespace biomedgpt {
@@ -43,11 +44,11 @@ struct Int4Shape {
     int64_t columns = 0;  // K, the width of what goes in
     int64_t group = 0;    // columns that share a scale: 128, 64 or 32
 
-    int64_t panels() const { return (rows + kInt4PanelRows - 1) / kInt4PanelRows; }
-    int64_t groups() const { return (columns + group - 1) / group; }
-    int64_t record_bytes() const { return kInt4PanelRows * (group / 2 + 2); }
-    int64_t panel_bytes() const { return groups() * record_bytes(); }
-    int64_t bytes() const { return panels() * panel_bytes(); }
+    BIOMEDGPT_INLINE int64_t panels() const { return (rows + kInt4PanelRows - 1) / kInt4PanelRows; }
+    BIOMEDGPT_INLINE int64_t groups() const { return (columns + group - 1) / group; }
+    BIOMEDGPT_INLINE int64_t record_bytes() const { return kInt4PanelRows * (group / 2 + 2); }
+    BIOMEDGPT_INLINE int64_t panel_bytes() const { return groups() * record_bytes(); }
+    BIOMEDGPT_INLINE int64_t bytes() const { return panels() * panel_bytes(); }
 };
 
 // The layout of ONNX Runtime's MatMulNBits, with the one zero point 8.

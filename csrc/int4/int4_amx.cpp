@@ -25,18 +25,19 @@ inline TileConfig tiles_of(int64_t columns) {
 class Fetch {
   public:
     Fetch(const Int4Tile& tile, int64_t parts)
-        : from_(tile.ahead),
+        : from_(tile.records),
+          ahead_(tile.ahead),
           bytes_(tile.groups * tile.record_bytes()),
           part_((bytes_ / parts + kCacheLine) / kCacheLine * kCacheLine) {}
 
     void part(int64_t index) const {
         const int64_t first = index * part_;
-        if (first < bytes_) prefetch(from_, static_cast<uintptr_t>(first), part_);
+        if (first < bytes_) prefetch(from_, ahead_ + first, part_);
     }
 
   private:
     const uint8_t* from_;
-    int64_t bytes_, part_;
+    int64_t ahead_, bytes_, part_;
 };
 
 // Many rows are written past the caches: their lines lie a whole row of y apart, and reading each before it is
@@ -111,11 +112,11 @@ inline Scales scales_of(const Addition& addition) {
             Avx512Vnni::load_halves(addition.scales + 2 * Avx512Vnni::kLanes)};
 }
 
-__attribute__((always_inline)) inline void add_rows(const Addition& addition, Scales scales, int64_t first,
-                                                    int64_t count) {
+template <int64_t kCount>
+__attribute__((always_inline)) inline void add_rows(const Addition& addition, Scales scales, int64_t first) {
     using Isa = Avx512Vnni;
     BIOMEDGPT_UNROLL
-    for (int64_t row = first; row < first + count; ++row) {
+    for (int64_t row = first; row < first + kCount; ++row) {
         const Isa::Floats row_scale = Isa::set(addition.row_scales[row * addition.groups]);
         BIOMEDGPT_UNROLL
         for (int64_t v = 0; v < kInt4PanelRows; v += Isa::kLanes) {
@@ -125,6 +126,10 @@ __attribute__((always_inline)) inline void add_rows(const Addition& addition, Sc
             Isa::store(total, Isa::fma(product, row_scale, addition.fresh ? Isa::zero() : Isa::load(total)));
         }
     }
+}
+
+inline void add_all_rows(const Addition& addition) {
+    for (int64_t row = 0; row < addition.rows; ++row) add_rows<1>(addition, scales_of(addition), row);
 }
 
 // Any number of rows.
@@ -165,17 +170,17 @@ inline void multiply_and_add(const Product& product, const Addition& addition) {
         load_weights(product, column);
         load_rows(product, column);
         _tile_dpbssd(0, 4, 6);
-        add_rows(addition, scales, row, kRows);
+        add_rows<kRows>(addition, scales, row);
         _tile_dpbssd(1, 4, 7);
         if (last) _tile_stored(0, part_of(product, 0), kPanelStride);
-        add_rows(addition, scales, row + kRows, kRows);
+        add_rows<kRows>(addition, scales, row + kRows);
         load_more_rows(product, column);
         _tile_dpbssd(2, 5, 6);
         if (last) _tile_stored(1, part_of(product, 1), kPanelStride);
-        add_rows(addition, scales, row + 2 * kRows, kRows);
+        add_rows<kRows>(addition, scales, row + 2 * kRows);
         _tile_dpbssd(3, 5, 7);
         if (last) _tile_stored(2, part_of(product, 2), kPanelStride);
-        add_rows(addition, scales, row + 3 * kRows, kRows);
+        add_rows<kRows>(addition, scales, row + 3 * kRows);
         if (last) _tile_stored(3, part_of(product, 3), kPanelStride);
         row += 4 * kRows;
     }
@@ -184,7 +189,7 @@ inline void multiply_and_add(const Product& product, const Addition& addition) {
 // The two at once where both are whole.
 inline void multiply_and_add(const Product& product, const Addition& addition, int64_t group) {
     if (product.rows <= kTileRows || addition.rows < kInt4RowStep) {
-        if (addition.rows > 0) add_rows(addition, scales_of(addition), 0, addition.rows);
+        add_all_rows(addition);
         multiply_rows_of(product, group);
     } else if (product.columns < group) {
         multiply_and_add<2>(product, addition);
@@ -221,7 +226,7 @@ void multiply_tiles(const Int4Tile& tile, int64_t rows) {
                     tile.totals + row * kInt4PanelRows};
         }
     }
-    add_rows(left, scales_of(left), 0, left.rows);
+    add_all_rows(left);
     _tile_release();  // tiles in use make every switch between threads save 8 KiB more
 }
 

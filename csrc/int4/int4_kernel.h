@@ -33,15 +33,11 @@ constexpr int64_t kScaleBytes = 2 * kInt4PanelRows;  // of a record
 constexpr int64_t kCacheLine = 64;
 
 // `distance` ahead of what is read, which may be beyond the end of a matrix: it is only hinted at.
-inline void prefetch(const uint8_t* from, uintptr_t distance, int64_t bytes) {
-    const auto address = reinterpret_cast<uintptr_t>(from) + distance;
+inline void prefetch(const uint8_t* from, int64_t distance, int64_t bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(distance);
     for (int64_t i = 0; i < bytes; i += kCacheLine) {
         __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<uintptr_t>(i)));
     }
-}
-
-inline uintptr_t distance(const uint8_t* from, const uint8_t* to) {
-    return reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from);
 }
 
 template <class Isa, int kRows>
@@ -53,7 +49,7 @@ struct Sums {
 
 // Adds the products of one group and `kPass` vectors of a panel, `values` of which begin at the first one.
 template <class Isa, int kRows, bool kUnpacked>
-__attribute__((always_inline)) inline void add_group(const uint8_t* values, uintptr_t ahead, const int8_t* x,
+__attribute__((always_inline)) inline void add_group(const uint8_t* values, int64_t ahead, const int8_t* x,
                                                      int64_t stride, int64_t group, Sums<Isa, kRows>& sums) {
     constexpr int kChains = Sums<Isa, kRows>::kChains, kPass = Isa::kPass;
     constexpr int64_t kVectorBytes = 4 * Isa::kLanes;
@@ -116,12 +112,11 @@ void multiply_rows(const Int4Tile& tile) {
         }
     }
     const int64_t record_bytes = tile.record_bytes();
-    const uintptr_t ahead = distance(tile.records, tile.ahead);
     for (int64_t g = 0; g < tile.groups; ++g) {
         const uint8_t* record = tile.records + g * record_bytes;
         const uint8_t* values = kUnpacked ? tile.unpacked + g * tile.group * kInt4PanelRows : record;
         const uint8_t* scales = record + record_bytes - kScaleBytes;
-        if (!kUnpacked) prefetch(scales, ahead, kScaleBytes);
+        if (!kUnpacked) prefetch(scales, tile.ahead, kScaleBytes);
         BIOMEDGPT_UNROLL
         for (int first = 0; first < kVectors; first += kPass) {
             Sums<Isa, kRows> sums;
@@ -133,7 +128,7 @@ void multiply_rows(const Int4Tile& tile) {
                     if (kChains > 1) sums.of[kChains - 1][r][v] = Isa::set(int32_t{0});
                 }
             }
-            add_group<Isa, kRows, kUnpacked>(values + first * kVectorBytes, ahead, rows.values + g * tile.group,
+            add_group<Isa, kRows, kUnpacked>(values + first * kVectorBytes, tile.ahead, rows.values + g * tile.group,
                                              rows.stride, tile.group, sums);
             BIOMEDGPT_UNROLL
             for (int v = 0; v < kPass; ++v) {
@@ -168,7 +163,7 @@ void multiply_up_to(const Int4Tile& tile, int64_t rows) {
 // The low halves of a block are one quad of columns, the high ones the next. Signed where a zero point is taken off.
 template <int64_t kZeroPoint = 0>
 void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_t* __restrict unpacked) {
-    const auto ahead = static_cast<uintptr_t>(kInt4PanelRows * group / 2 + kScaleBytes);  // the next record
+    const int64_t ahead = kInt4PanelRows * group / 2 + kScaleBytes;  // the next record
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t block = 0; block < group / kBlockColumns; ++block) {
             prefetch(records, ahead, kQuadBytes);

@@ -17,7 +17,7 @@ using Sums2x2 = int32x4_t[kPairs][kWeightPairs];  // of pair i and pair j: x0 w0
 // Signed values [group * groups / 8, 32 rows, 8 columns], so that no term is left for their zero point.
 inline void unpack_pairs(const uint8_t* records, int64_t group, int64_t groups, uint8_t* unpacked) {
     const uint8x16_t zero_point = vdupq_n_u8(kInt4ZeroPoint);
-    const auto ahead = static_cast<uintptr_t>(kInt4PanelRows * group / 2 + kScaleBytes);  // the next record
+    const int64_t ahead = kInt4PanelRows * group / 2 + kScaleBytes;  // the next record
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t block = 0; block < group / kBlockColumns; ++block) {
             prefetch(records, ahead, kQuadBytes);

@@ -15,8 +15,7 @@ constexpr int64_t kInt4RowStep = 32;
 // Columns of a panel that are unpacked together: 16 KiB, a part of the L1 cache.
 constexpr int64_t kInt4BlockColumns = 512;
 
-// Quantized rows as paths read them. The stride is no power of two: the tile unit reads 16 rows at once, and rows at
-// the same distance modulo 4 KiB would share one set of the L1 cache.
+// Quantized rows as paths read them, each from the beginning of a cache line on.
 struct Int4Rows {
     int8_t* values;
     int64_t stride;
@@ -28,15 +27,16 @@ struct Int4Rows {
 // A product of some rows and one panel over some groups, added to totals.
 struct Int4Tile {
     const uint8_t* records;   // those of the groups
-    const uint8_t* ahead;     // records that are wanted next, fetched while these are read, or what may follow a matrix
     const uint8_t* unpacked;  // their values, one byte each: [group * groups / 4, 32 rows, 4 columns]
     int64_t group;
     int64_t groups;
+    // Bytes from the records to those that are wanted next and fetched meanwhile, which may be beyond the end of all.
+    int64_t ahead;
     Int4Rows rows;  // from the first row and group on
     float* totals;  // [rows, 32]
     bool fresh;     // totals are not read but taken for zero
 
-    int64_t record_bytes() const { return kInt4PanelRows * (group / 2 + 2); }
+    BIOMEDGPT_INLINE int64_t record_bytes() const { return kInt4PanelRows * (group / 2 + 2); }
 };
 
 struct Int4Path {

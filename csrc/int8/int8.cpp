@@ -2,6 +2,7 @@
 #include "int8/int8.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <string>
@@ -96,9 +97,11 @@ struct alignas(kLine) Totals {
     int32_t of[kMostPanels][kInt8RowBlock * kInt8PanelRows];
 };
 
-Totals& totals_of_thread() {
-    thread_local const std::unique_ptr<Totals> mine(new Totals);
-    return *mine;
+// The calling thread's; null where there is no memory for them, since nobody may catch what a pool's thread throws.
+Totals* totals_of_thread() {
+    thread_local std::unique_ptr<Totals> mine;
+    if (mine == nullptr) mine.reset(new (std::nothrow) Totals);
+    return mine.get();
 }
 
 // Some rows of a call, quantized.
@@ -152,10 +155,9 @@ void finish_panel(const Block& block, int64_t panel, int64_t row, int64_t count,
 }
 
 // Some columns of all rows, which fit a cache, meet all the panels before the next ones do.
-void multiply_panels(const Block& block, int64_t first, int64_t end) {
+void multiply_panels(const Block& block, int64_t first, int64_t end, Totals& totals) {
     const Int8Weights& weights = block.args.weights;
     const int64_t padded = weights.shape.padded_columns();
-    Totals& totals = totals_of_thread();
     for (int64_t column = 0; column < padded; column += kInt8BlockColumns) {
         const int64_t columns = std::min(kInt8BlockColumns, padded - column);
         for (int64_t panel = first; panel < end; ++panel) {
@@ -206,9 +208,16 @@ void int8_linear(const Int8Args& args, const Int8Options& options) {
         quantize_rows(path, args.x + first * shape.columns, count, shape, rows, options.parallel);
         const Block block{path, args, rows, first, count};
         const int64_t at_once = panels_at_once(shape.panels());
+        std::atomic<bool> failed = false;
         options.parallel((shape.panels() + at_once - 1) / at_once, [&](int64_t item) {
-            multiply_panels(block, item * at_once, std::min(shape.panels(), (item + 1) * at_once));
+            Totals* totals = totals_of_thread();
+            if (totals == nullptr) {
+                failed = true;
+                return;
+            }
+            multiply_panels(block, item * at_once, std::min(shape.panels(), (item + 1) * at_once), *totals);
         });
+        if (failed) throw std::bad_alloc();
     }
 }
 

@@ -24,6 +24,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/inline.h"
 #include "common/parallel_for.h"
 
 namespace biomedgpt {
@@ -40,11 +41,13 @@ struct Int8Shape {
     int64_t rows = 0;     // N, the width of what comes out
     int64_t columns = 0;  // K, the width of what goes in
 
-    int64_t panels() const { return (rows + kInt8PanelRows - 1) / kInt8PanelRows; }
-    int64_t padded_columns() const { return (columns + kInt8ColumnStep - 1) / kInt8ColumnStep * kInt8ColumnStep; }
-    int64_t value_bytes() const { return kInt8PanelRows * padded_columns(); }
-    int64_t panel_bytes() const { return value_bytes() + 2 * kInt8PanelRows * int64_t{sizeof(float)}; }
-    int64_t bytes() const { return panels() * panel_bytes(); }
+    BIOMEDGPT_INLINE int64_t panels() const { return (rows + kInt8PanelRows - 1) / kInt8PanelRows; }
+    BIOMEDGPT_INLINE int64_t padded_columns() const {
+        return (columns + kInt8ColumnStep - 1) / kInt8ColumnStep * kInt8ColumnStep;
+    }
+    BIOMEDGPT_INLINE int64_t value_bytes() const { return kInt8PanelRows * padded_columns(); }
+    BIOMEDGPT_INLINE int64_t panel_bytes() const { return value_bytes() + 2 * kInt8PanelRows * int64_t{sizeof(float)}; }
+    BIOMEDGPT_INLINE int64_t bytes() const { return panels() * panel_bytes(); }
 };
 
 struct Int8Matrix {

@@ -1,8 +1,10 @@
 #include "ort/attention_op.h"
 
 #include <cstring>
+#include <tuple>
 
 #include "attention/attention.h"
+#include "attention/attention_check.h"
 #include "ort/tensors.h"
 
 namespace biomedgpt::ort {
@@ -46,11 +48,13 @@ class AttentionKernel {
         const Tensor past_value = input(context, in::past_value, "past_value", 3);
         args.cache.shape = cache_shape(past_key.shape, past_value.shape, head_size);
         args.first = int64_t{last_position(context)} + 1 - args.rows;
-        args.cache.keys = present(context, out::present_key, past_key, args);
-        args.cache.values = present(context, out::present_value, past_value, args);
+        args.cache.keys = present(context, out::present_key, past_key);
+        args.cache.values = present(context, out::present_value, past_value);
         Shape shape = qkv.shape;
         shape.dims[2] = heads_ * head_size;
         args.y = static_cast<float*>(data_of(api_, output_of(api_, context, out::y, shape)));
+        check_attention(args);
+        carry_over(args.cache, past_key.data, past_value.data);
         Pool pool{api_, context};
         causal_attention(args, {pool.parallel_for(), "auto"});
     }
@@ -101,13 +105,26 @@ class AttentionKernel {
         return value;
     }
 
-    // The output that stands for the cache from here on, with what it held before.
-    uint8_t* present(KernelContext& context, size_t index, const Tensor& past, const AttentionArgs& args) const {
-        auto* to = static_cast<uint8_t*>(data_of(api_, output_of(api_, context, index, past.shape)));
-        if (to == past.data) return to;
-        const KvShape& shape = args.cache.shape;
-        std::memcpy(to, past.data, static_cast<size_t>(shape.heads * shape.blocks * shape.block_bytes()));
-        return to;
+    uint8_t* present(KernelContext& context, size_t index, const Tensor& past) const {
+        return static_cast<uint8_t*>(data_of(api_, output_of(api_, context, index, past.shape)));
+    }
+
+    // What the cache held before, where its outputs are not its inputs.
+    static void carry_over(const KvCache& cache, const void* past_keys, const void* past_values) {
+        const auto bytes = static_cast<size_t>(cache.shape.heads * cache.shape.blocks * cache.shape.block_bytes());
+        const auto overlap = [bytes](const void* a, const void* b) {
+            const auto first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
+            return first < second + bytes && second < first + bytes;
+        };
+        for (const auto& [to, own, other] :
+             {std::tuple(cache.keys, past_keys, past_values), std::tuple(cache.values, past_values, past_keys)}) {
+            if (overlap(to, other) || (to != own && overlap(to, own))) {
+                throw ArgumentError("present_key", "memory that overlaps the cache's inputs",
+                                    "that of past_key, or memory of its own, and so for present_value");
+            }
+        }
+        if (cache.keys != past_keys) std::memcpy(cache.keys, past_keys, bytes);
+        if (cache.values != past_values) std::memcpy(cache.values, past_values, bytes);
     }
 
     const Api& api_;
@@ -139,8 +156,9 @@ Status* infer_shape(const CustomOp* op, ShapeInferContext* context) {
         const auto same = [](int64_t last) { return last; };
         infer_last(api, *context, in::past_key, out::present_key, "past_key", same);
         infer_last(api, *context, in::past_value, out::present_value, "past_value", same);
+        const auto known = [](int64_t count) { return count >= 1 && count <= kMaxHeads; };
+        if (!known(heads) || !known(kv_heads)) return;  // refused when the kernel is made
         const int64_t all = heads + 2 * kv_heads;
-        if (all < 1) return;  // refused when the kernel is made
         infer_last(api, *context, in::qkv, out::y, "qkv",
                    [=](int64_t last) { return last < 0 ? last : last / all * heads; });
     });

@@ -1,6 +1,7 @@
 // Matrices of four-bit weights as MatMulNBits' blocks and as records, and what int4 must make of them, bit for bit.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -101,9 +102,13 @@ inline std::vector<float> int4_reference(const std::vector<float>& x, int64_t ro
 
 inline std::vector<float> int4_product(const std::vector<float>& x, int64_t rows, const Int4Matrix& matrix,
                                        const Int4Options& options) {
-    std::vector<float> y(static_cast<size_t>(rows * matrix.shape.rows), NAN);
-    int4_linear({x.data(), y.data(), rows, matrix.weights()}, options);
-    return y;
+    // On a cache line, as ONNX Runtime has it: many rows are written otherwise there.
+    const auto count = static_cast<size_t>(rows * matrix.shape.rows);
+    std::vector<Line> memory(count * sizeof(float) / sizeof(Line) + 1);
+    auto* y = reinterpret_cast<float*>(memory[0].bytes);
+    std::fill_n(y, count, NAN);
+    int4_linear({x.data(), y, rows, matrix.weights()}, options);
+    return {y, y + count};
 }
 
 inline std::vector<float> random_floats(int64_t count, std::mt19937& random) {

@@ -123,6 +123,30 @@ TEST(int4_refuses_what_it_cannot_compute) {
                       "path: got \"avx9\", expected \"auto\""));
 }
 
+TEST(int4_writes_many_rows_wherever_y_begins_and_nothing_beside_it) {
+    std::mt19937 random(7);
+    constexpr int64_t kMargin = 64;
+    for (const auto& [rows, width] : {std::pair<int64_t, int64_t>{32, 32}, {49, 96}, {64, 128}, {64, 100}, {300, 64}}) {
+        const Int4Matrix matrix({width, 256, 128}, random);
+        const std::vector<float> x = random_floats(rows * 256, random);
+        const std::vector<float> expected = int4_reference(x, rows, matrix);
+        const int64_t count = rows * width;
+        for (const char* path : int4_paths()) {
+            for (const int64_t offset : {0, 1, 8}) {
+                std::vector<Line> memory(static_cast<size_t>(count + 2 * kMargin) * sizeof(float) / sizeof(Line) + 1);
+                auto* all = reinterpret_cast<float*>(memory[0].bytes);
+                std::fill_n(all, count + 2 * kMargin, 7.0f);
+                float* y = all + kMargin + offset;
+                PoolThreads threads(2);
+                int4_linear({x.data(), y, rows, matrix.weights()}, {threads.parallel_for(), path});
+                CHECK(same({y, y + count}, expected));
+                CHECK(std::all_of(all, y, [](float value) { return value == 7.0f; }));
+                CHECK(std::all_of(y + count, all + count + 2 * kMargin, [](float value) { return value == 7.0f; }));
+            }
+        }
+    }
+}
+
 TEST(int4_of_no_rows_writes_nothing) {
     std::mt19937 random(5);
     const Int4Matrix matrix({32, 32, 32}, random);

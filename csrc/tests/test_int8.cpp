@@ -1,5 +1,7 @@
 #include <functional>
+#include <new>
 #include <string>
+#include <thread>
 
 #include "allocations.h"
 #include "common/error.h"
@@ -162,4 +164,29 @@ TEST(int8_calls_allocate_only_when_they_grow) {
         }
         CHECK(allocations() == before);
     }
+}
+
+// A pool's thread, where nobody would catch what is thrown.
+TEST(int8_says_so_where_a_thread_has_no_memory) {
+    std::mt19937 random(7);
+    const Int8Example matrix({100, 256}, random);
+    const std::vector<float> x = random_floats(4 * 256, random);
+    const ParallelFor::Run in_a_new_thread = [](void*, size_t count, ParallelFor::Round round, void* state) {
+        std::thread([=] {
+            for (size_t i = 0; i < count; ++i) round(state, i);
+        }).join();
+    };
+    const Int8Options options{{in_a_new_thread, nullptr}, "auto"};
+    const std::vector<float> expected = int8_reference(x, 4, matrix);
+    CHECK(same(int8_product(x, 4, matrix, options), expected));
+    bool refused = false;
+    refuse_allocations_from(size_t{256} << 10);
+    try {
+        int8_product(x, 4, matrix, options);
+    } catch (const std::bad_alloc&) {
+        refused = true;
+    }
+    refuse_allocations_from(SIZE_MAX);
+    CHECK(refused);
+    CHECK(same(int8_product(x, 4, matrix, options), expected));
 }
