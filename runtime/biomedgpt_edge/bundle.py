@@ -24,6 +24,7 @@ from .errors import BundleCorruptError, BundleError, BundleNotFoundError, Manife
 from .manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    PAGE,
     RECORDS,
     DecoderSpec,
     FileEntry,
@@ -212,7 +213,17 @@ class Bundle:
             raise ManifestError(
                 f"the manifest lists {data}, which is to be derived.", seen=data[:80], remedy=_RE_EXPORT
             )
-        self._check_graph(portable.graph, OPERATORS, {data: portable.data_size})
+        header = self._check_graph(portable.graph, OPERATORS, {data: portable.data_size})
+        # What is derived is what the bundle holds, unpacked, each tensor on a page: nobody's disk is to be filled.
+        limit = sum(self._sizes.values()) + PAGE * len(header.tensors)
+        if portable.data_size > limit:
+            raise ManifestError(
+                f"the manifest says that {data} has {portable.data_size:,} bytes, and the bundle has "
+                f"{sum(self._sizes.values()):,}.",
+                seen=portable.data_size,
+                limit=limit,
+                remedy=_RE_EXPORT,
+            )
 
     def _check_graph(
         self, graph: str, operators: Set[tuple[str, str]], sizes: Mapping[str, int] | None = None

@@ -34,6 +34,7 @@ FOLDERS = (VERIFIED, PREFIXES, SOFT_TOKENS, PORTABLE)
 _DIGEST_SIZE = hashlib.sha256().digest_size
 # Of a folder of derived files: their states when their hashes were right.
 _STAMP = "stamp.json"
+_LOCK = ".lock"
 
 # "once" hashes files the first time and again when one was replaced, "full" always, "sizes" never.
 Verify = Literal["once", "full", "sizes"]
@@ -92,7 +93,8 @@ def clear_cache() -> list[FolderUse]:
 
 
 def _files(name: str) -> list[Path]:
-    return [path for path in (cache_folder() / name).rglob("*") if path.is_file()]
+    # Locks, which are empty, stay: one that is held and removed would keep nobody from a new one.
+    return [path for path in (cache_folder() / name).rglob("*") if path.is_file() and path.suffix != _LOCK]
 
 
 def verify_once(bundle: Bundle) -> None:
@@ -131,11 +133,13 @@ def holds(folder: Path, entries: Sequence[FileEntry], verify: Verify) -> bool:
             return False
         if verify == "sizes" or (verify == "once" and _read(folder / _STAMP) == _stamp(folder, entries)):
             return True
+        states = _stamp(folder, entries)
         if any(sha256_of(folder / entry.path) != entry.sha256 for entry in entries):
             return False
     except (FileNotFoundError, NotADirectoryError):
         return False
-    stamp(folder, entries)
+    # As they were before they were hashed: a file that changed since then is hashed again.
+    _write_atomic(folder / _STAMP, states.encode())
     return True
 
 
@@ -152,7 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: nothing can be written beside it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with folder.with_name(f"{folder.name}.lock").open("wb") as file:
+    with folder.with_name(f"{folder.name}{_LOCK}").open("wb") as file:
         # Closing the file unlocks it, and so does the end of a process.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

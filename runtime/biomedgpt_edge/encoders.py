@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .bundle import Bundle
-from .decoder.graph import Choice, ChosenGraph, choose, protein_encoder_graph
+from .decoder.graph import Choice, choose, protein_encoder_graph
 from .device_cache import Verify
 from .errors import MissingModalityError
 from .inputs import Molecule, Protein
@@ -35,7 +35,6 @@ class Encoders:
         self._threads = threads
         self._choice = choice
         self._verify: Verify = verify
-        self._protein_graph: ChosenGraph | None = None
         self._lock = threading.Lock()
         self._molecule: ort.InferenceSession | None = None
         self._protein: ort.InferenceSession | None = None
@@ -111,11 +110,10 @@ class Encoders:
         spec = self._bundle.manifest.protein_encoder
         with self._lock:
             if self._protein is None and spec is not None:
-                graph = self._protein_graph
-                if graph is None:
-                    choice = choose(self._bundle) if self._choice is None else self._choice
-                    graph = protein_encoder_graph(self._bundle, spec, choice, self._verify)
-                self._protein_graph = graph
+                self._choice = choose(self._bundle) if self._choice is None else self._choice
+                # Looked at each time: another process may have cleared the cache since the encoder was released.
+                graph = protein_encoder_graph(self._bundle, spec, self._choice, self._verify)
+                self._verify = "once" if self._verify == "full" else self._verify
                 self._protein = open_session(
                     graph.path,
                     threads=self._threads,

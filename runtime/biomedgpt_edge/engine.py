@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEMO_BUNDLE = Path(__file__).parent / "demo_bundle"
-# Of the 7B, the beginning before a molecule takes 49 MB: enough for several bundles and versions of onnxruntime.
+# Of the 7B, the beginning before a molecule takes 25 to 50 MB: enough for several bundles and versions of onnxruntime.
 _PREFIX_FOLDER_BYTES = 512 * 2**20
 _SOFT_TOKEN_FOLDER_BYTES = 2**30
 

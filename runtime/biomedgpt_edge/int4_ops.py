@@ -27,7 +27,7 @@ def register_int4_ops(options: ort.SessionOptions) -> None:
         options.register_custom_ops_library(str(LIBRARY))
     except SESSION_ERRORS as error:
         raise PlatformError(
-            f"the int4 operators cannot be used with ONNX Runtime {ort.__version__}: {error}.",
+            f"the operators for records cannot be used with ONNX Runtime {ort.__version__}: {error}.",
             seen=ort.__version__,
             remedy="Install biomedgpt-edge again with a current onnxruntime, or use a bundle whose decoder is portable "
             "('biomedgpt-export relayout' makes one of it).",

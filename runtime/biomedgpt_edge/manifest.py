@@ -22,6 +22,8 @@ SCHEMA_VERSION = 4
 PORTABLE, RECORDS = "portable", "records-1"
 GRAPH_SUFFIX, DATA_SUFFIX = ".onnx", ".data"
 LAYOUTS = (PORTABLE, RECORDS)
+# What tensors of a derived graph begin at multiples of.
+PAGE = 4096
 MAX_MANIFEST_BYTES = 4 * 2**20
 _EXACT_IN_FLOAT = 2**53
 _RE_EXPORT = "Export or copy the bundle again."

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from . import _native
 from .errors import BioMedGPTError, BundleCorruptError, PlatformError
 
 _LOG_FATAL_AND_ERRORS = 3
@@ -32,7 +33,7 @@ Signature = Mapping[str, tuple[str, Sequence[int | None]]]
 
 def identity(threads: int) -> str:
     """What the bits of a session's results depend on beside the graph and the processor."""
-    return f"onnxruntime {ort.__version__}, CPU, {threads} threads"
+    return f"biomedgpt-edge {_native.__version__}, onnxruntime {ort.__version__}, CPU, {threads} threads"
 
 
 @contextmanager

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .bundle import Bundle, sha256_of
+from .bundle import Bundle
 from .device_cache import PORTABLE, Verify, cache_folder, holds, locked, stamp
 from .errors import BundleCorruptError, PlatformError
-from .manifest import DecoderSpec, FileEntry, PortableGraph, ProteinEncoderSpec
+from .manifest import PAGE, DecoderSpec, FileEntry, PortableGraph, ProteinEncoderSpec
 from .memory import mebibytes
 from .onnx_header import INT4_MATRICES, INT8_INPUTS, ExternalTensor, Header, Product, read_header
 from .onnx_products import RECORDS_GROUP_SIZES
@@ -35,7 +35,7 @@ from .tensor_names import BIAS, INT8_RECORDS, INT8_VALUES, SCALES, VALUES, layer
 
 # Of a folder in the cache; another one would hold other files.
 FORMAT = 2
-PAGE = 4096
+_PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
@@ -76,9 +76,13 @@ def derived_files(derivation: Derivation) -> tuple[Path, Path]:
     Raises:
         PlatformError: there is no place for them; see :func:`cache_folder`.
     """
-    portable, part = derivation.portable, derivation.what.replace(" ", "_")
-    folder = cache_folder() / PORTABLE / f"{derivation.bundle.digest}-{part}-{FORMAT}"
+    portable = derivation.portable
+    folder = cache_folder() / PORTABLE / f"{derivation.bundle.digest}-{_part(derivation)}-{FORMAT}"
     return folder / PurePosixPath(portable.graph).name, folder / portable.data
+
+
+def _part(derivation: Derivation) -> str:
+    return derivation.what.replace(" ", "_")
 
 
 def derived_graph(derivation: Derivation, verify: Verify) -> Path:
@@ -116,7 +120,7 @@ def derived_graph(derivation: Derivation, verify: Verify) -> Path:
 def _derive(derivation: Derivation, folder: Path, entries: list[FileEntry]) -> None:
     """Fills ``folder``, whole or not at all."""
     bundle, portable = derivation.bundle, derivation.portable
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}")
     # Whoever left these behind is gone, since the folder is locked.
     for old in (partial, folder):
         if old.is_dir():
@@ -126,9 +130,9 @@ def _derive(derivation: Derivation, folder: Path, entries: list[FileEntry]) -> N
     _log.info("deriving the portable %s, %s in %s, once", derivation.what, mebibytes(portable.data_size), folder.parent)
     partial.mkdir(mode=0o700)
     try:
-        shutil.copyfile(bundle.file(portable.graph), partial / entries[0].path)
+        graph = np.frombuffer(bundle.file(portable.graph).read_bytes(), np.uint8)
         parts = portable_data(bundle.file(derivation.records), bundle.file(portable.graph))
-        hashes = [sha256_of(partial / entries[0].path), _write(partial / portable.data, parts)]
+        hashes = [_write(partial / entries[0].path, iter([graph])), _write(partial / portable.data, parts)]
         for entry, sha256 in zip(entries, hashes, strict=True):
             _require_same(entry, FileEntry(entry.path, (partial / entry.path).stat().st_size, sha256))
         stamp(partial, entries)
@@ -136,6 +140,19 @@ def _derive(derivation: Derivation, folder: Path, entries: list[FileEntry]) -> N
     except BaseException:
         shutil.rmtree(partial)
         raise
+    _forget_others(derivation, folder)
+
+
+def _forget_others(derivation: Derivation, folder: Path) -> None:
+    """Removes what was derived for other bundles, but for the one of them that was derived last: updates may go back.
+
+    A process that has one of them open keeps it, since the system does; what is opened again is derived again.
+    """
+    derived = folder.parent.glob(f"*-{_part(derivation)}-*/")
+    others = [path for path in derived if path != folder and path.suffix != _PARTIAL]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True)[1:]:
+        _log.info("removing %s, derived for another bundle", path)
+        shutil.rmtree(path, ignore_errors=True)  # another process may be doing it, too
 
 
 def _require_same(expected: FileEntry, derived: FileEntry) -> None:

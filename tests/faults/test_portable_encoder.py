@@ -21,11 +21,12 @@ from biomedgpt_edge import portable as module
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_edge.decoder.graph import Wanted, choose, protein_encoder_graph
+from biomedgpt_edge.device_cache import clear_cache
 from biomedgpt_edge.encoders import Encoders
 from biomedgpt_edge.errors import BioMedGPTError, BundleCorruptError, ManifestError, UnsafePathError
-from biomedgpt_edge.manifest import PORTABLE
+from biomedgpt_edge.manifest import PAGE, PORTABLE
 from biomedgpt_edge.onnx_header import read_header
-from biomedgpt_edge.portable import PAGE, derived_files, of_protein_encoder
+from biomedgpt_edge.portable import derived_files, of_protein_encoder
 from biomedgpt_export.exporter import export_bundle
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.layouts import PORTABLE_ENCODER
@@ -157,18 +158,29 @@ def test_it_is_derived_when_the_first_protein_is_read_and_once(
     ]
 
 
-def test_an_encoder_that_opens_anew_looks_at_what_was_derived_once(
+def test_an_encoder_that_opens_anew_hashes_what_was_derived_once(
     records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[Path] = []
+    looks: list[str] = []
     real = module.holds
-    monkeypatch.setattr(module, "holds", lambda folder, *others: (looks.append(folder), real(folder, *others))[1])
+    monkeypatch.setattr(
+        module, "holds", lambda folder, entries, verify: (looks.append(verify), real(folder, entries, verify))[1]
+    )
     bundle = Bundle.open(records)
     encoders = Encoders(bundle, threads=1, choice=choose(bundle, "portable"), verify="full")
-    for _ in range(2):
+    for _ in range(3):
         encoders.encode(Protein.from_sequence(SEQUENCE))
         encoders.release()
-    assert len(looks) == 2, "without the lock and with it, when it was derived"
+    assert looks == ["full", "full", "once", "once"], "without the lock and with it, when it was derived"
+
+
+def test_an_encoder_that_opens_anew_after_the_cache_was_cleared_is_derived_again(records: Path) -> None:
+    bundle = Bundle.open(records)
+    encoders = Encoders(bundle, threads=1, choice=choose(bundle, "portable"))
+    features = encoders.encode(Protein.from_sequence(SEQUENCE))
+    encoders.release()
+    clear_cache()
+    np.testing.assert_array_equal(encoders.encode(Protein.from_sequence(SEQUENCE)), features)
 
 
 def test_records_derive_nothing(records: Path, cache: Path) -> None:
@@ -186,9 +198,9 @@ def test_where_the_operators_cannot_be_used_both_portable_graphs_are_and_a_warni
         np.testing.assert_array_equal(engine.prepare("?", protein).embeddings, other.prepare("?", protein).embeddings)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     expected = (
-        r"the int4 operators cannot be used .*none\.so.* The portable decoder and protein encoder are used instead\."
+        r"the operators for records cannot be used .*none\.so.* The portable decoder and protein encoder are used"
     )
-    assert re.fullmatch(expected, warning)
+    assert re.fullmatch(rf"{expected} instead\.", warning)
 
 
 def test_soft_tokens_of_one_are_not_taken_for_those_of_the_other(
@@ -214,7 +226,7 @@ def test_commands_say_what_is_used(records: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert re.search(rf"heads, records-1, and {PORTABLE_ENCODER}, whose [0-9.,]+ M?B are derived where it is", printed)
     monkeypatch.setattr(int4_ops, "LIBRARY", Path("none.so"))
-    assert re.match(r"portable, derived in the device cache: the int4 operators cannot be used", found())
+    assert re.match(r"portable, derived in the device cache: the operators for records cannot be used", found())
 
 
 def test_the_cache_counts_it_and_is_cleared_of_it(

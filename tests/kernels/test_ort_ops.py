@@ -250,5 +250,5 @@ def test_one_session_may_run_in_several_threads_at_once(matrix: Matrix, x: Array
 
 def test_a_library_that_cannot_be_loaded_is_a_typed_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(int4_ops, "LIBRARY", tmp_path / "absent.so")
-    with pytest.raises(PlatformError, match=r"the int4 operators cannot be used with ONNX Runtime .*absent\.so"):
+    with pytest.raises(PlatformError, match=r"the operators for records cannot be used with ONNX Runtime .*absent\.so"):
         register_int4_ops(ort.SessionOptions())

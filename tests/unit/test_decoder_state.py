@@ -16,10 +16,13 @@ from biomedgpt_edge import Engine
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.kv_cache import KV_ELEMENTS, KeyValues, KvElement
 from biomedgpt_edge.decoder.onnx import GROWTH, TILE, OnnxDecoder, OnnxState
-from biomedgpt_edge.errors import ClosedError, KernelArgumentError, OptionError
+from biomedgpt_edge.errors import BioMedGPTError, ClosedError, KernelArgumentError, OptionError
 from biomedgpt_edge.generate import prefill
 from biomedgpt_edge.manifest import RECORDS
 from biomedgpt_edge.splice import TokenPart, splice
+from biomedgpt_export.exporter import export_bundle
+from biomedgpt_export.families.biomedgpt_10b import Layout
+from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.relayout import relayout
 
 POSITIONS = 600
@@ -176,6 +179,30 @@ def test_every_position_has_the_same_bits_however_calls_are_cut(own: OnnxDecoder
     ends = data.draw(st.sets(st.integers(1, 199), max_size=40))
     logits, _ = in_calls(own, embeddings, [*sorted(ends), 200])
     np.testing.assert_array_equal(logits, whole)
+
+
+def test_a_head_that_our_operators_do_not_compute_takes_whole_tiles(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    layout, out = Layout.locate(tiny_checkpoint), tmp_path / "bundle"
+    export_bundle(ExportOptions(layout, out, quantizer="rtn", lm_head="int8", proof="none"), lambda line: None)
+    bundle = Bundle.open(out)
+    assert bundle.manifest.decoder.layout == RECORDS
+    assert OnnxDecoder(bundle, threads=2).tile == TILE
+
+
+def test_a_cache_that_would_become_another_one_is_refused_before_anything_is_written(own: OnnxDecoder) -> None:
+    with own.open(64) as state:
+        state.prefill(rows(own, 20))
+        before = {name: buffer.copy() for name, buffer in state._cache.items()}
+        state._advance(1)
+        logits = np.empty((1, own.spec.vocabulary), np.float32)
+        embeddings, positions = rows(own, 1), np.zeros(1, np.int64)
+        binding = state._bind(embeddings, positions, logits)
+        keys = state._cache["key.0"]
+        binding.bind_output("present_value.0", "cpu", 0, keys.dtype, keys.shape, keys.ctypes.data)
+        with pytest.raises(BioMedGPTError, match="memory that overlaps"):
+            state._run(binding)
+        for name, buffer in before.items():
+            np.testing.assert_array_equal(state._cache[name], buffer)
 
 
 def test_the_number_of_threads_changes_no_bit(own: OnnxDecoder, records: Path) -> None:

@@ -29,7 +29,7 @@ from .statistics import (
 from .work import bound_in_turn
 
 SCHEMA = "biomedgpt-edge/bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DEFAULT_ROUNDS = 5
 MAX_ROUNDS = 1000
 # Threads that a stage leaves spinning go to sleep meanwhile, so that the next one, or a probe, has the processors.

@@ -145,14 +145,16 @@ def _decoder(bundle: Bundle) -> Iterator[Finding]:
     try:
         choice = choose(bundle)
     except PlatformError as error:
-        yield Finding("int4 operators", error.message, ok=False, remedy=error.remedy)
+        yield Finding("operators for records", error.message, ok=False, remedy=error.remedy)
         return
     yield Finding("decoder", choice.description)
     encoder = bundle.manifest.protein_encoder
     if encoder is not None and encoder.layout == RECORDS:
         yield Finding("protein encoder", choice.encoder_description(encoder))
     if choice.layout == RECORDS:
-        yield Finding("int4 operators", f"{_native.int4_paths()[0]}; their self-test passed")
+        paths = {"int4": _native.int4_paths, "int8": _native.int8_paths, "attention": _native.attention_paths}
+        used = ", ".join(f"{name} {found()[0]}" for name, found in paths.items())
+        yield Finding("operators for records", f"{used}; their self-tests passed")
     elif choice.obstacle:
         remedy = "Answers come slower. Install biomedgpt-edge again with a current onnxruntime."
-        yield Finding("int4 operators", choice.obstacle, remedy=remedy)
+        yield Finding("operators for records", choice.obstacle, remedy=remedy)

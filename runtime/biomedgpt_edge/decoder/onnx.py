@@ -22,7 +22,7 @@ from ..bundle import Bundle
 from ..errors import ClosedError, KernelArgumentError, PlatformError
 from ..int4_ops import register_int4_ops
 from ..manifest import RECORDS, DecoderSpec
-from ..onnx_header import read_header
+from ..onnx_header import Header, read_header
 from ..ort_session import Signature, identity, open_session, running
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
@@ -35,8 +35,10 @@ from .kv_cache import KeyValues, KvElement, KvLayout, Values, kv_layout
 GROWTH = 256
 # MLAS computes rows of a matrix in blocks of 4 or more that differ by instruction set, and what is left over by another
 # kernel; a single row is attended to by yet another one. So rows agree where calls are cut at multiples of the blocks.
-# With the operators of csrc/ort nothing that a row goes through depends on the number of rows.
+# With the operators of csrc/ort nothing that a row goes through depends on the number of rows, unless some products of
+# a decoder in records are not theirs: a head in int8, or matrices with zero points.
 TILE, RECORDS_TILE = 16, 1
+_IN_BLOCKS = {("com.microsoft", "MatMulNBits"), ("com.microsoft", "GroupQueryAttention"), ("", "MatMul")}
 CACHE_LINE = 64
 
 
@@ -45,6 +47,7 @@ class OnnxDecoder:
 
     Attributes:
         layout: of the graph.
+        tile: see :class:`Decoder`.
 
     Args:
         kv_cache: what keys and values are stored as; see :func:`kv_layout`.
@@ -69,8 +72,10 @@ class OnnxDecoder:
         self.table = bundle.embeddings
         self.kv = kv_layout(self.spec, self.layout, kv_cache)
         inputs, outputs = _signature(self.spec, self.kv)
+        header = read_header(graph.path)
+        self.tile = TILE if header.operators & _IN_BLOCKS else RECORDS_TILE
         if self.layout == RECORDS:
-            _read_ahead(graph.path)
+            _read_ahead(graph.path.parent, header)
         self.session = open_session(
             graph.path,
             threads=threads,
@@ -79,11 +84,6 @@ class OnnxDecoder:
             register=register_int4_ops if self.layout == RECORDS else None,
         )
         self.identity = f"{identity(threads)}, {self.layout}, KV cache {self.kv.element}"
-
-    @property
-    def tile(self) -> int:
-        """See :class:`Decoder`."""
-        return RECORDS_TILE if self.layout == RECORDS else TILE
 
     def open(self, capacity: int, start: KeyValues | None = None) -> OnnxState:
         """See :meth:`Decoder.open`.
@@ -265,15 +265,15 @@ class OnnxState:
             self._session.run_with_iobinding(binding)
 
 
-def _read_ahead(graph: Path) -> None:
+def _read_ahead(folder: Path, header: Header) -> None:
     """Has the system read weights that will be mapped while the session is made; what is in memory it leaves alone.
 
     The first token needs all of them. Read page by page as it comes to them, they took half as long again.
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    for name in {tensor.location for tensor in read_header(graph).tensors}:
-        with (graph.parent / name).open("rb") as file:
+    for name in {tensor.location for tensor in header.tensors}:
+        with (folder / name).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
