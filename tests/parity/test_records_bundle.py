@@ -237,8 +237,8 @@ def test_inspect_and_doctor_name_the_instruction_set(records: Path, capsys: pyte
     assert f"used here   records-1, computed with {path}" in printed
     edge(["doctor", "--json", "--bundle", str(records)])
     found = {one["what"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
-    assert found["operators for records"]["ok"]
-    assert found["operators for records"]["found"].startswith(f"int4 {path}, int8 ")
+    assert found["operators"]["ok"]
+    assert found["operators"]["found"].startswith(f"int4 {path}, int8 ")
     assert found["decoder"]["found"] == f"records-1, computed with {path}"
     assert f"int4: {', '.join(_native.int4_paths())}" in found["kernels"]["found"]
     assert f"int8: {', '.join(_native.int8_paths())}" in found["kernels"]["found"]
@@ -343,16 +343,16 @@ def test_doctor_and_inspect_say_so(
 
     code, found = findings("--bundle", str(records_alone))
     assert code == PlatformError.exit_code
-    assert not found["operators for records"]["ok"]
-    assert "relayout" in found["operators for records"]["remedy"]
+    assert not found["operators"]["ok"]
+    assert "relayout" in found["operators"]["remedy"]
     code, found = findings("--bundle", str(records))
     assert code == 0
-    assert found["operators for records"]["found"].startswith("the operators for records cannot be used")
+    assert found["operators"]["found"].startswith("the operators for records cannot be used")
     assert found["decoder"]["found"].startswith(
         "portable, derived in the device cache: the operators for records cannot"
     )
     code, found = findings("--bundle", str(portable_demo))
-    assert "operators for records" not in found
+    assert "operators" not in found
     assert found["decoder"]["found"] == "portable, computed with ONNX Runtime's operators"
     for path, used in (
         (records_alone, "nothing: the operators for records"),

@@ -175,6 +175,8 @@ def test_doctor_reports_the_machine_and_the_bundle(capsys: pytest.CaptureFixture
     assert code == 0
     assert report["ok"]
     assert {"processor", "onnxruntime", "cuda", "bundle"} <= {finding["what"] for finding in report["findings"]}
+    lines = run(capsys, "doctor", "--bundle", bundle)[1].splitlines()
+    assert all(line[23] == " " for line in lines), "columns that touch each other"
     assert run(capsys, "doctor", "--bundle", "nowhere")[0] == 5
 
 

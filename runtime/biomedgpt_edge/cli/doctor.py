@@ -145,7 +145,7 @@ def _decoder(bundle: Bundle) -> Iterator[Finding]:
     try:
         choice = choose(bundle)
     except PlatformError as error:
-        yield Finding("operators for records", error.message, ok=False, remedy=error.remedy)
+        yield Finding("operators", error.message, ok=False, remedy=error.remedy)
         return
     yield Finding("decoder", choice.description)
     encoder = bundle.manifest.protein_encoder
@@ -154,7 +154,7 @@ def _decoder(bundle: Bundle) -> Iterator[Finding]:
     if choice.layout == RECORDS:
         paths = {"int4": _native.int4_paths, "int8": _native.int8_paths, "attention": _native.attention_paths}
         used = ", ".join(f"{name} {found()[0]}" for name, found in paths.items())
-        yield Finding("operators for records", f"{used}; their self-tests passed")
+        yield Finding("operators", f"{used}; their self-tests passed")
     elif choice.obstacle:
         remedy = "Answers come slower. Install biomedgpt-edge again with a current onnxruntime."
-        yield Finding("operators for records", choice.obstacle, remedy=remedy)
+        yield Finding("operators", choice.obstacle, remedy=remedy)
