@@ -129,7 +129,9 @@ __attribute__((always_inline)) inline void add_rows(const Addition& addition, Sc
 }
 
 inline void add_all_rows(const Addition& addition) {
-    for (int64_t row = 0; row < addition.rows; ++row) add_rows<1>(addition, scales_of(addition), row);
+    if (addition.rows == 0) return;  // there are no scales to be read
+    const Scales scales = scales_of(addition);
+    for (int64_t row = 0; row < addition.rows; ++row) add_rows<1>(addition, scales, row);
 }
 
 // Any number of rows.
