@@ -200,7 +200,7 @@ def test_it_is_off_where_rows_depend_on_each_other_unless_asked_for(
         assert max(rows) > 1
         # Tokens are not compared: here a row depends on the number of rows, and a near tie may fall otherwise.
         assert ahead.timings.accepted > 0
-        monkeypatch.setattr(type(engine._loaded().decoder), "tile", 1)
+        monkeypatch.setattr(engine._loaded().decoder, "tile", 1)
         for speculate, most in ((None, 1 + DRAFT), (False, 1)):
             rows.clear()
             answer = again(engine, speculate=speculate)
