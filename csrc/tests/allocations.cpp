@@ -38,6 +38,15 @@ void* operator new(size_t size, std::align_val_t alignment) {
     return memory;
 }
 
+// A sanitizer's own would not be counted, nor refused.
+void* operator new(size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+    try {
+        return operator new(size, alignment);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
 void operator delete(void* memory) noexcept {
     std::free(memory);
 }
