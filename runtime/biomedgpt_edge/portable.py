@@ -148,8 +148,9 @@ def _forget_others(derivation: Derivation, folder: Path) -> None:
 
     A process that has one of them open keeps it, since the system does; what is opened again is derived again.
     """
-    derived = folder.parent.glob(f"*-{_part(derivation)}-*/")
-    others = [path for path in derived if path != folder and path.suffix != _PARTIAL]
+    derived = folder.parent.glob(f"*-{_part(derivation)}-*")
+    # Locks lie beside the folders.
+    others = [path for path in derived if path.is_dir() and path != folder and path.suffix != _PARTIAL]
     for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True)[1:]:
         _log.info("removing %s, derived for another bundle", path)
         shutil.rmtree(path, ignore_errors=True)  # another process may be doing it, too
