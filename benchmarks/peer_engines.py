@@ -180,20 +180,20 @@ class PlainOnnxRuntime:
         return logits
 
 
-def _prepacked(graph: Path, target: Path, threads: int) -> Path:
+def _prepacked(graph: Path, folder: Path, threads: int) -> Path:
     """The graph as ONNX Runtime stores it with weights packed for this processor; made at the first load."""
     import onnxruntime as ort
 
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.optimized_model_filepath = str(target)
-        data = f"{target.name}.data"
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
-        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    return target
+    if not folder.exists():
+        with peer_models.staged(folder) as staging:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.optimized_model_filepath = str(staging / peer_models.MODEL)
+            data = f"{peer_models.MODEL}.data"
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
+            options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+            ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return folder / peer_models.MODEL
 
 
 class OnnxRuntimeGenai:

@@ -7,10 +7,11 @@ everybody's logits can be compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,8 @@ from biomedgpt_edge.onnx_header import INT4_MATRICES, read_header
 
 # --shape -> scale of biomedgpt_export.synthesize
 SHAPES = {"tiny": "tiny", "1b": "1b", "7b": "full"}
-PREPACKED = "matmulnbits.prepacked.onnx"
+PREPACKED = "matmulnbits-prepacked"
+MODEL = "model.onnx"
 
 Report = Callable[[str], None]
 
@@ -92,6 +94,16 @@ def models_of_bundle(work: Path, bundle: Path, report: Report) -> Models:
     _add_other_layout(bundle, other, report)
     in_records = opened.manifest.decoder.layout == RECORDS
     return Models(bundle, other, folder) if in_records else Models(other, bundle, folder)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which is called ``folder`` once all is written: nothing half-written is taken for whole."""
+    staging = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was interrupted
+    staging.mkdir(parents=True)
+    yield staging
+    staging.rename(folder)
 
 
 def _add_other_layout(bundle: Path, other: Path, report: Report) -> None:
@@ -193,10 +205,8 @@ def linear_layers(models: Models) -> Path:
     from onnx import TensorProto, helper
 
     folder = models.folder / "linear-layers"
-    path = folder / "model.onnx"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        return folder / MODEL
     opened = Bundle.open(models.records)
     source = opened.file(opened.manifest.decoder.graph)
     model = onnx.load(str(source), load_external_data=False)
@@ -213,9 +223,10 @@ def linear_layers(models: Models) -> Path:
     inputs = [helper.make_tensor_value_info(f"x{width}", TensorProto.FLOAT, ["rows", width]) for width in widths]
     graph = helper.make_graph(nodes, "linear layers", inputs, outputs, tensors)
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    _link_external_files(source, folder)
-    onnx.save(alone, str(path))
-    return path
+    with staged(folder) as staging:
+        _link_external_files(source, staging)
+        onnx.save(alone, str(staging / MODEL))
+    return folder / MODEL
 
 
 def bytes_of_tensors(graph: Path) -> int:
@@ -278,15 +289,14 @@ def genai_folder(models: Models, threads: int) -> Path:
     opened = Bundle.open(models.portable)
     spec = opened.manifest.decoder
     folder = models.folder / "genai"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        graph = opened.file(spec.graph)
+        model = onnx.load(str(graph), load_external_data=False)
+        _add_token_inputs(model.graph, table_of(opened))
+        with staged(folder) as staging:
+            _link_external_files(graph, staging)
+            onnx.save(model, str(staging / MODEL))
     (folder / "genai_config.json").write_text(json.dumps(_genai_config(spec, threads), indent=1))
-    if (folder / "model.onnx").exists():
-        return folder
-    graph = opened.file(spec.graph)
-    model = onnx.load(str(graph), load_external_data=False)
-    _link_external_files(graph, folder)
-    _add_token_inputs(model.graph, table_of(opened))
-    onnx.save(model, str(folder / "model.onnx"))
     return folder
 
 
@@ -352,7 +362,7 @@ def _genai_config(spec: DecoderSpec, threads: int) -> dict[str, Any]:
     outputs = {"logits": "logits", "present_key_names": "present_key.%d", "present_value_names": "present_value.%d"}
     decoder = {
         "session_options": {"intra_op_num_threads": threads, "provider_options": []},
-        "filename": "model.onnx",
+        "filename": MODEL,
         "head_size": spec.head_size,
         "hidden_size": spec.hidden_size,
         "inputs": inputs,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peer_models import Matrix, Models, Weights
+from peer_models import Matrix, Models, Weights, staged
 
 MODEL = "openvino_model.xml"
 
@@ -25,9 +25,9 @@ def openvino_folder(models: Models) -> Path:
     import openvino as ov
 
     folder = models.folder / "openvino"
-    if not (folder / MODEL).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        ov.save_model(_Graph(Weights(models.portable)).model(), folder / MODEL, compress_to_fp16=False)
+    if not folder.exists():
+        with staged(folder) as staging:
+            ov.save_model(_Graph(Weights(models.portable)).model(), staging / MODEL, compress_to_fp16=False)
     return folder
 
 

@@ -1,21 +1,23 @@
 """Ours beside what people would use instead: the same shape with random weights, the same tokens, the same threads.
 
-Every engine lives in a process of its own (see peer_engines.py) and stays loaded. Then they take turns in short bursts,
-round by round, each round beginning with another one: prefill of 128 and 512 positions, some tokens at a depth, and the
-time to the first token of a question of 94 positions, with nothing cached and with the template's 47 positions in the
-cache. A probe of the memory opens each round. Ratios compare times of the same round, so that a slow moment of the
-machine meets both sides; printed are their median and range. Rounds are dropped by the rule of `biomedgpt-edge bench`,
-and counted.
+Every engine lives in a process of its own (see peer_engines.py) and stays loaded. Then they take turns in short bursts:
+prefill of 128 and 512 positions, some tokens at a depth, and the time to the first token of a question of 94 positions,
+with nothing cached and with the template's 47 positions in the cache. A round is one burst of every engine, begun by
+another one each time and opened by a probe of the memory. Ratios compare times of the same round, so that a slow moment
+of the machine meets both sides; printed are their median and range. Rounds are dropped by the rule of `biomedgpt-edge
+bench`, counted, and repeated until --rounds of each burst count or --most-rounds were run.
 
 Engines that do not fit the memory together run in groups, one group after the other, and ours in each of them; which
-ran together is printed. Ours alone has two more bursts, in the first group: several rows in one step, as speculation
-has them, and the linear layers of a step without the rest, held against the bandwidth of their round.
+ran together is printed. Ours alone has more bursts, in the rounds of decoding of the first group: several rows in one
+step, as speculation has them, and the linear layers of a step without the rest, held against the bandwidth of their
+round.
 
 All compute with the same weights, in the format of each; an engine whose logits are not ours is not timed. An engine
 that is not installed or fails is named with the reason.
 
-Usage: python benchmarks/peers.py [--shape tiny|1b|7b] [--layers N] [--bundle B] [--threads 2] [--rounds 5]
-                                  [--engines ours,onnxruntime,...] [--work DIR] [--json FILE]
+Usage: python benchmarks/peers.py [--shape tiny|1b|7b] [--layers N] [--bundle B] [--threads 2] [--rounds 3]
+                                  [--most-rounds 9] [--engines ours,onnxruntime,...] [--work DIR]
+                                  [--json FILE]
 Peers need `pip install -c constraints.txt '.[peers]'`. --bundle takes the shape and weights of a bundle that is there.
 The models of the 7b shape take 23 GB of disk; they stay in --work and are used again.
 llama.cpp is compiled for this processor; where that has AMX and the compiler is GCC 12, see llama_cpp_amx.h.
@@ -64,18 +66,21 @@ WEIGHTS_OF_OTHERS = 1.2
 LOADING = 0.5
 
 # name -> request
+DECODE = f"decode @ {DEPTH}"
 BURSTS: dict[str, dict[str, Any]] = {
     "prefill 128": {"do": "prefill", "tokens": 128},
     "prefill 512": {"do": "prefill", "tokens": 512},
-    f"decode @ {DEPTH}": {"do": "decode", "depth": DEPTH},
+    DECODE: {"do": "decode", "depth": DEPTH},
     f"TTFT {QUESTION}, cold": {"do": "ttft", "warm": False},
     f"TTFT {QUESTION}, {PREFIX} warm": {"do": "ttft", "warm": True},
 }
 LINEAR_LAYERS = "linear layers"
+# In the rounds of DECODE, whose steps they are compared with.
 BURSTS_OF_OURS: dict[str, dict[str, Any]] = {
     **{f"{rows} rows @ {DEPTH}": {"do": "rows", "depth": DEPTH, "rows": rows} for rows in (4, 8)},
     LINEAR_LAYERS: {"do": "linear_layers"},
 }
+DISTURBED = "†"
 REPEATED = ("decode", "rows", "linear_layers")
 LONGEST = max(request.get("tokens", 0) for request in BURSTS.values())
 
@@ -158,6 +163,15 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One burst of every engine of a group."""
+
+    group: int
+    burst: str
+    round: Round
+
+
+@dataclass(frozen=True)
 class Ratio:
     """Of two figures of the same rounds."""
 
@@ -208,11 +222,13 @@ def grouped(names: Sequence[str], sizes: Mapping[str, int], room: int) -> tuple[
 class Match:
     """Engines that run together, on one shape."""
 
-    def __init__(self, names: Sequence[str], models: Models, threads: int, tokens: int, *, first: bool = True) -> None:
+    def __init__(
+        self, names: Sequence[str], models: Models, threads: int, tokens: int, history: list[Turn], group: int = 0
+    ) -> None:
         self._models, self._threads, self._tokens = models, threads, tokens
-        self._bursts_of_ours = BURSTS_OF_OURS if first else {}
+        self._history = history  # of all groups
+        self.group = group
         self.standings = [Standing(name) for name in names]
-        self.rounds: list[Round] = []
         self.linear_bytes: int | None = None
         self._peers: dict[str, Peer] = {}
         self._expected: tuple[str, list[float]] | None = None
@@ -239,26 +255,31 @@ class Match:
         if not error <= TOLERANCE:
             raise EngineFailed(f"computes something else: its logits are {error:.0%} off those of {first}")
 
-    def run_round(self, turn: int) -> None:
-        """A probe, and every burst of every engine. Turn 0 warms up."""
+    def run_round(self, burst: str, index: int) -> None:
+        """A probe, and the burst of every engine. Round 0 warms up."""
         before = self._processors()
         limits = probe(self._threads, probe_bytes())
-        shift = turn % len(self.standings)
+        shift = index % len(self.standings)
         for standing in [*self.standings[shift:], *self.standings[:shift]]:
-            if not standing.reason:
-                self._bursts(standing, turn)
+            for name, request in self._requests(standing.name, burst).items():
+                if not standing.reason:
+                    self._burst(standing, name, request, index)
         after = self._processors()
         foreign, seconds = after.foreign_share(before), after.wall - before.wall
-        self.rounds.append(Round(turn, "serve", seconds, foreign, limits.bandwidth, limits.arithmetic))
-        speed = f"{self.rounds[-1].best_bandwidth / 1e9:.1f} GB/s"
-        report(f"round {turn}: {seconds:.1f} s, {speed}, foreign CPU {_percent(foreign)}")
+        one = Round(index, "serve", seconds, foreign, limits.bandwidth, limits.arithmetic)
+        self._history.append(Turn(self.group, burst, one))
+        speed = f"{one.best_bandwidth / 1e9:.1f} GB/s"
+        report(f"{burst}, round {index}: {seconds:.1f} s, {speed}, foreign CPU {_percent(foreign)}")
 
-    def run(self, rounds: int) -> None:
-        """Loads all, runs a warm-up and ``rounds``, and ends all processes."""
+    def run(self, rounds: int, most: int) -> None:
+        """Loads all, runs a warm-up, then ``most`` rounds of each burst or fewer, if ``rounds`` count; ends all."""
         try:
             self.load()
-            for turn in range(rounds + 1):
-                self.run_round(turn)
+            for index in range(most + 1):
+                for burst in BURSTS:
+                    lacking = len(undisturbed(self._history, self.group, burst)) < rounds
+                    if lacking and not all(standing.reason for standing in self.standings):
+                        self.run_round(burst, index)
         finally:
             self.close()
 
@@ -268,19 +289,23 @@ class Match:
             peer.close()
         self._peers.clear()
 
-    def _bursts(self, standing: Standing, turn: int) -> None:
-        for name, request in (BURSTS | (self._bursts_of_ours if standing.name == REFERENCE else {})).items():
-            extra = {"tokens": self._tokens if turn else 1} if request["do"] in REPEATED else {}
-            time.sleep(PAUSE)
-            try:
-                answer = self._peers[standing.name].ask(**request, **extra, seed=turn)
-            except EngineFailed as error:
-                self._stop(standing, error)
-                return
-            standing.times.setdefault(name, {})[turn] = answer["seconds"]
-            if "itl" in answer:
-                standing.tokens[turn] = answer["itl"]
-            self.linear_bytes = answer.get("bytes", self.linear_bytes)
+    def _requests(self, engine: str, burst: str) -> dict[str, dict[str, Any]]:
+        """Name -> request, of what an engine does in a round of ``burst``."""
+        more = BURSTS_OF_OURS if engine == REFERENCE and burst == DECODE and self.group == 0 else {}
+        return {burst: BURSTS[burst], **more}
+
+    def _burst(self, standing: Standing, name: str, request: dict[str, Any], index: int) -> None:
+        extra = {"tokens": self._tokens if index else 1} if request["do"] in REPEATED else {}
+        time.sleep(PAUSE)
+        try:
+            answer = self._peers[standing.name].ask(**request, **extra, seed=index)
+        except EngineFailed as error:
+            self._stop(standing, error)
+            return
+        standing.times.setdefault(name, {})[index] = answer["seconds"]
+        if "itl" in answer:
+            standing.tokens[index] = answer["itl"]
+        self.linear_bytes = answer.get("bytes", self.linear_bytes)
 
     def _stop(self, standing: Standing, error: EngineFailed) -> None:
         standing.reason = str(error)
@@ -292,68 +317,94 @@ class Match:
         return replace(now, own=now.own + sum(peer.processor_seconds() for peer in self._peers.values()))
 
 
-def as_result(matches: Sequence[Match], left_out: Mapping[str, str], facts: dict[str, Any]) -> dict[str, Any]:
+def undisturbed(history: Sequence[Turn], group: int, burst: str) -> list[int]:
+    """Rounds of a burst that count; the best bandwidth is that of all groups."""
+    dropped = disturbances([turn.round for turn in history])
+    return [
+        turn.round.index
+        for turn, reasons in zip(history, dropped, strict=True)
+        if (turn.group, turn.burst) == (group, burst) and not reasons
+    ]
+
+
+def as_result(
+    matches: Sequence[Match], history: Sequence[Turn], left_out: Mapping[str, str], facts: dict[str, Any]
+) -> dict[str, Any]:
     """Every time of every group, and the ratios of the rounds that count."""
-    dropped = iter(disturbances([one for match in matches for one in match.rounds]))
-    groups = [_group(match, [next(dropped) for _ in match.rounds]) for match in matches]
+    groups = [_group(match, history) for match in matches]
     failed = {one["name"]: one["reason"] for group in groups for one in group["engines"] if one["reason"]}
-    return {**facts, "groups": groups, "ours_alone": _ours_alone(matches[0], groups[0]), "failed": failed | left_out}
+    alone = _ours_alone(matches[0], groups[0]["rounds"][DECODE])
+    return {**facts, "groups": groups, "ours_alone": alone, "failed": failed | left_out}
 
 
-def counted(rounds: Sequence[Round], dropped: Sequence[tuple[str, ...]]) -> tuple[list[int], bool]:
-    """Rounds that count, and whether they are undisturbed; where none is, all count."""
-    good = [one.index for one, reasons in zip(rounds, dropped, strict=True) if not reasons]
-    return (good, True) if good else ([one.index for one in rounds if one.index], False)
-
-
-def _group(match: Match, dropped: Sequence[tuple[str, ...]]) -> dict[str, Any]:
-    turns, undisturbed = counted(match.rounds, dropped)
+def _group(match: Match, history: Sequence[Turn]) -> dict[str, Any]:
+    rounds = {burst: _rounds(match.group, burst, history) for burst in BURSTS}
     reference = _times_of_ours(match)
     engines = []
     for standing in match.standings:
-        ratios = {name: ratio(standing.times.get(name, {}), reference.get(name, {}), turns) for name in BURSTS}
+        ratios = {
+            burst: ratio(standing.times.get(burst, {}), reference.get(burst, {}), rounds[burst]["counted"])
+            for burst in BURSTS
+        }
         shown = {name: None if value is None else asdict(value) for name, value in ratios.items()}
         engines.append({**asdict(standing), "ratios": shown})
-    rounds = [{**asdict(one), "dropped": list(why)} for one, why in zip(match.rounds, dropped, strict=True)]
-    return {"rounds": rounds, "counted": turns, "undisturbed": undisturbed, "engines": engines}
+    return {"rounds": rounds, "engines": engines}
+
+
+def _rounds(group: int, burst: str, history: Sequence[Turn]) -> dict[str, Any]:
+    """All of a burst, and those that count; where all are disturbed, all count, and it is said."""
+    dropped = disturbances([turn.round for turn in history])
+    mine = [
+        {**asdict(turn.round), "dropped": list(reasons)}
+        for turn, reasons in zip(history, dropped, strict=True)
+        if (turn.group, turn.burst) == (group, burst)
+    ]
+    good = undisturbed(history, group, burst)
+    counted = good or [one["index"] for one in mine if one["index"]]
+    return {"all": mine, "counted": counted, "undisturbed": bool(good)}
 
 
 def _times_of_ours(match: Match) -> dict[str, dict[int, float]]:
     return next((standing.times for standing in match.standings if standing.name == REFERENCE), {})
 
 
-def _ours_alone(match: Match, group: dict[str, Any]) -> dict[str, Any]:
+def _ours_alone(match: Match, rounds: dict[str, Any]) -> dict[str, Any]:
     """Several rows over one row, and the share of the bandwidth that the linear layers alone reach."""
-    times, turns = _times_of_ours(match), group["counted"]
-    one = times.get(f"decode @ {DEPTH}", {})
-    found = {f"{name} over 1": ratio(times.get(name, {}), one, turns) for name in BURSTS_OF_OURS if name in times}
+    times, counted = _times_of_ours(match), rounds["counted"]
+    one = times.get(DECODE, {})
+    found = {f"{name} over 1": ratio(times.get(name, {}), one, counted) for name in BURSTS_OF_OURS if name in times}
     linear = times.get(LINEAR_LAYERS)
     if linear is not None and match.linear_bytes is not None:
-        rates = {turn: match.linear_bytes / seconds for turn, seconds in linear.items()}
-        bandwidth = {one.index: one.best_bandwidth for one in match.rounds}
+        rates = {index: match.linear_bytes / seconds for index, seconds in linear.items()}
+        bandwidth = {one["index"]: max(one["bandwidth"].values()) for one in rounds["all"]}
         del found[f"{LINEAR_LAYERS} over 1"]
-        found["linear layers over a step"] = ratio(linear, one, turns)
-        found["linear layers, share of the bandwidth"] = ratio(rates, bandwidth, turns)
+        found["linear layers over a step"] = ratio(linear, one, counted)
+        found["linear layers, share of the bandwidth"] = ratio(rates, bandwidth, counted)
     return {name: None if value is None else asdict(value) for name, value in found.items()}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """Where it ran, the ratios, the times that they come from, and what ran together."""
     groups = result["groups"]
-    rows = [(engine, group["counted"]) for group in groups for engine in group["engines"] if not engine["reason"]]
+    rows = [(engine, group["rounds"]) for group in groups for engine in group["engines"] if not engine["reason"]]
     head = f"|---|{'--:|' * len(BURSTS)}"
     lines = [
         *_about(result),
         f"| time over ours | {' | '.join(BURSTS)} |",
         head,
-        *[_ratios(engine) for engine, _ in rows if engine["name"] != REFERENCE],
+        *[_ratios(engine, rounds) for engine, rounds in rows if engine["name"] != REFERENCE],
         "",
         f"| ms (decode: per token) | {' | '.join(BURSTS)} | load, s | and first step | anonymous, MiB |",
         f"{head}--:|--:|--:|",
-        *[_times(engine, turns) for engine, turns in rows],
+        *[_times(engine, rounds) for engine, rounds in rows],
         "",
         *[f"- {name}: {_ratio(value)}" for name, value in result["ours_alone"].items()],
-        *["- " + _together(group) for group in groups],
+        "",
+        f"| together: rounds that count of all, GB/s | {' | '.join(BURSTS)} |",
+        head,
+        *[_together(group) for group in groups],
+        "",
+        f"{DISTURBED} All rounds were disturbed: no figure to quote.",
     ]
     failed = [f"- {name}: {reason}" for name, reason in result["failed"].items()]
     return "\n".join([*lines, *(["", "Not measured:", *failed] if failed else [])])
@@ -378,15 +429,20 @@ def _ratio(value: dict[str, Any] | None) -> str:
     return "–" if value is None else "{median:.2f} ({least:.2f}–{largest:.2f})".format(**value)
 
 
-def _ratios(engine: dict[str, Any]) -> str:
-    return f"| {' | '.join([engine['name'], *(_ratio(engine['ratios'].get(name)) for name in BURSTS)])} |"
+def _ratios(engine: dict[str, Any], rounds: dict[str, Any]) -> str:
+    cells = [_ratio(engine["ratios"].get(name)) + _mark(rounds[name]) for name in BURSTS]
+    return f"| {' | '.join([engine['name'], *cells])} |"
 
 
-def _times(engine: dict[str, Any], turns: Sequence[int]) -> str:
+def _mark(rounds: dict[str, Any]) -> str:
+    return "" if rounds["undisturbed"] else f" {DISTURBED}"
+
+
+def _times(engine: dict[str, Any], rounds: dict[str, Any]) -> str:
     cells = [engine["name"]]
     for name in BURSTS:
-        times = [seconds for turn, seconds in engine["times"].get(name, {}).items() if turn in turns]
-        cells.append(f"{statistics.median(times) * 1e3:,.1f}" if times else "–")
+        times = [time for index, time in engine["times"].get(name, {}).items() if index in rounds[name]["counted"]]
+        cells.append((f"{statistics.median(times) * 1e3:,.1f}" if times else "–") + _mark(rounds[name]))
     load = engine["load"]
     anonymous = load["anonymous"]
     cells += [
@@ -398,12 +454,14 @@ def _times(engine: dict[str, Any], turns: Sequence[int]) -> str:
 
 
 def _together(group: dict[str, Any]) -> str:
-    total = sum(1 for one in group["rounds"] if one["index"])
-    state = "undisturbed" if group["undisturbed"] else "ALL OF THEM DISTURBED"
-    speeds = [max(one["bandwidth"].values()) / 1e9 for one in group["rounds"] if one["index"] in group["counted"]]
-    speed = f"{min(speeds):.1f} to {max(speeds):.1f} GB/s" if speeds else "no bandwidth"
-    names = ", ".join(engine["name"] for engine in group["engines"])
-    return f"together: {names}; {len(group['counted'])} of {total} rounds count, {state}, {speed}"
+    cells = [", ".join(engine["name"] for engine in group["engines"])]
+    for name in BURSTS:
+        rounds = group["rounds"][name]
+        total = sum(1 for one in rounds["all"] if one["index"])
+        speeds = [max(one["bandwidth"].values()) / 1e9 for one in rounds["all"] if one["index"] in rounds["counted"]]
+        speed = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else "–"
+        cells.append(f"{len(rounds['counted'])} of {total}, {speed}{_mark(rounds)}")
+    return f"| {' | '.join(cells)} |"
 
 
 def _percent(share: float | None) -> str:
@@ -430,7 +488,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--bundle", type=Path, help="take the shape and the weights of this bundle")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="of each burst that must count (default: %(default)s)")
+    parser.add_argument(
+        "--most-rounds", type=int, help="of each burst, disturbed ones included (default: 3 x --rounds)"
+    )
     parser.add_argument("--tokens", type=int, default=16, help="steps in a burst of decoding")
     parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path("peer-models"), help="where models are written")
@@ -449,6 +510,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--layers cuts a --shape; a --bundle has the layers that it has")
     if min(options.threads, options.rounds, options.tokens, options.layers or 1) < 1:
         parser.error("--threads, --rounds, --tokens and --layers are 1 or more")
+    most = 3 * options.rounds if options.most_rounds is None else options.most_rounds
+    if most < options.rounds:
+        parser.error(f"--most-rounds {most} is less than --rounds {options.rounds}")
     try:
         models = (
             peer_models.models_of_shape(options.work, options.shape, options.layers, report)
@@ -463,13 +527,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     room = _room(models)
     groups, too_large = grouped(names, sizes, room)
     left_out = {name: f"takes {sizes[name] / 2**30:.1f} GiB, too much beside ours" for name in too_large}
-    matches = []
+    matches: list[Match] = []
+    history: list[Turn] = []
     for number, group in enumerate(groups):
         report(f"together: {', '.join(group)}")
-        match = Match(group, models, options.threads, options.tokens, first=number == 0)
-        matches.append(match)
-        match.run(options.rounds)
-    result = as_result(matches, left_out, facts)
+        matches.append(Match(group, models, options.threads, options.tokens, history, number))
+        matches[-1].run(options.rounds, most)
+    result = as_result(matches, history, left_out, facts)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1))
     print(as_markdown(result))

@@ -216,7 +216,7 @@ TEST(nothing_is_allocated_in_a_call) {
     Values out(prompt.out_type, prompt.rows * prompt.hidden);
     const SpliceArgs args = prompt.args(out);
     for (const SplicePathInfo& path : splice_paths()) {
-        const SpliceOptions options = {2, true, path.name};
+        const SpliceOptions options = {1, true, path.name};
         splice(args, options);  // makes the workspace
         const int64_t before = testing::allocations();
         splice(args, options);

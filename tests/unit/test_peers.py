@@ -83,18 +83,43 @@ def test_ratios_are_of_the_same_round_and_of_rounds_that_count(peers: Any) -> No
     assert peers.ratio(peer, {}, [1, 2]) is None
 
 
-def test_disturbed_rounds_do_not_count_unless_all_are(peers: Any) -> None:
-    rounds = [replace(QUIET, index=index) for index in range(3)]
-    assert peers.counted(rounds, [("warm-up",), ("busy",), ()]) == ([2], True)
-    assert peers.counted(rounds, [("warm-up",), ("busy",), ("slow",)]) == ([1, 2], False)
+def turn(peers: Any, index: int, burst: str = "prefill 128", group: int = 0, **changes: Any) -> Any:
+    return peers.Turn(group, burst, replace(QUIET, index=index, **changes))
 
 
-def test_a_group_is_held_against_the_best_bandwidth_of_all(peers: Any, models: Any) -> None:
-    matches = [peers.Match(["ours"], models, 1, 1) for _ in range(2)]
-    matches[0].rounds = [replace(QUIET, index=0), QUIET]
-    matches[1].rounds = [replace(QUIET, index=0), replace(QUIET, bandwidth={"one stream": 8e9})]
-    groups = peers.as_result(matches, {}, {})["groups"]
-    assert [(group["counted"], group["undisturbed"]) for group in groups] == [([1], True), ([1], False)]
+def test_disturbed_rounds_do_not_count_unless_all_are_which_is_marked(peers: Any, models: Any) -> None:
+    history = [turn(peers, 0), turn(peers, 1, foreign_cpu=0.5), turn(peers, 2)]
+    history += [turn(peers, 0, "prefill 512"), turn(peers, 1, "prefill 512", foreign_cpu=0.5)]
+    match = peers.Match(["ours"], models, 1, 1, history)
+    rounds = peers.as_result([match], history, {}, {})["groups"][0]["rounds"]
+    counted = {burst: (one["counted"], one["undisturbed"]) for burst, one in rounds.items() if one["all"]}
+    assert counted == {"prefill 128": ([2], True), "prefill 512": ([1], False)}
+    assert [peers._mark(rounds[burst]) for burst in counted] == ["", " †"]
+
+
+def test_a_group_is_held_against_the_best_bandwidth_of_all(peers: Any) -> None:
+    history = [turn(peers, 1), turn(peers, 1, group=1, bandwidth={"one stream": 8e9})]
+    assert [peers.undisturbed(history, group, "prefill 128") for group in (0, 1)] == [[1], []]
+
+
+def test_disturbed_rounds_are_repeated_and_others_are_not(
+    peers: Any, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history: list[Any] = []
+    match = peers.Match(["ours"], models, 1, 1, history)
+    disturbed = {("prefill 128", 1), *(("prefill 512", index) for index in range(9))}
+
+    def run_round(burst: str, index: int) -> None:
+        share = 0.5 if (burst, index) in disturbed else 0.0
+        history.append(turn(peers, index, burst, foreign_cpu=share))
+
+    monkeypatch.setattr(match, "load", lambda: None)
+    monkeypatch.setattr(match, "run_round", run_round)
+    match.run(2, 4)
+    run = {burst: [one.round.index for one in history if one.burst == burst] for burst in peers.BURSTS}
+    assert run.pop("prefill 128") == [0, 1, 2, 3]
+    assert run.pop("prefill 512") == [0, 1, 2, 3, 4]
+    assert set(map(tuple, run.values())) == {(0, 1, 2)}
 
 
 def test_engines_that_do_not_fit_together_run_in_groups_with_ours_in_each(peers: Any) -> None:
@@ -129,7 +154,7 @@ def test_contestants_compute_with_the_same_weights(
 
 
 def test_who_computes_something_else_is_not_timed(peers: Any, models: Any) -> None:
-    match = peers.Match(["ours", "onnxruntime", "torch-bf16"], models, 1, 1)
+    match = peers.Match(["ours", "onnxruntime", "torch-bf16"], models, 1, 1, [])
     first, second, third = match.standings
     match._check(first, [3.0, -4.0])
     match._check(second, [3.3, -4.2])
@@ -213,6 +238,22 @@ def test_a_gguf_has_the_shape_of_the_bundle_and_its_weights(peers: Any, models: 
     np.testing.assert_array_equal(gguf.quants.dequantize(down.data, down.tensor_type), expected)
 
 
+def test_what_an_interrupted_run_wrote_is_not_taken_for_whole(peers: Any, tmp_path: Path) -> None:
+    staged, folder = peers.peer_models.staged, tmp_path / "models" / "format"
+
+    def interrupted() -> None:
+        with staged(folder) as staging:
+            (staging / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not folder.exists()
+    with staged(folder) as staging:
+        (staging / "whole").touch()
+    assert [path.name for path in folder.parent.rglob("*")] == ["format", "whole"]
+
+
 def test_rows_that_are_no_whole_blocks_are_refused(peers: Any) -> None:
     pytest.importorskip("gguf")
     tensor = sys.modules["peer_gguf"]._Tensor("name", "Q4_K", (2, 384), lambda: None)
@@ -239,19 +280,20 @@ def test_a_match_writes_every_time_and_names_who_is_missing(
     assert len(written["ours_alone"]) == 4
     assert "| onnxruntime | " in printed
     assert "- linear layers, share of the bandwidth: " in printed
-    assert "- together: ours, onnxruntime; 1 of 1 rounds count" in printed
+    assert re.search(r"\| ours, onnxruntime \| 1 of \d, 10.0 to 10.0", printed)
     assert re.search(r"Not measured:\n- torch-bf16: takes 0.\d GiB, too much beside ours", printed)
 
 
 def test_what_an_engine_did_before_it_broke_is_kept(peers: Any, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "probe", lambda threads, size: Limits(2**26, {"one stream": 1e10}, {}))
     monkeypatch.setitem(peers.BURSTS, "impossible", {"do": "nothing"})
-    match = peers.Match(["ours"], models, 1, 1)
-    match.run(1)
+    history: list[Any] = []
+    match = peers.Match(["ours"], models, 1, 1, history)
+    match.run(1, 1)
     (standing,) = match.standings
     assert standing.reason == "KeyError: 'nothing'"
-    assert set(standing.times) == set(peers.BURSTS) - {"impossible"}
-    assert peers.as_result([match], {}, {})["failed"] == {"ours": standing.reason}
+    assert set(standing.times) == {*peers.BURSTS, *peers.BURSTS_OF_OURS} - {"impossible"}
+    assert peers.as_result([match], history, {}, {})["failed"] == {"ours": standing.reason}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +302,7 @@ def test_what_an_engine_did_before_it_broke_is_kept(peers: Any, models: Any, mon
         (["--engines", "ours,theirs"], "no engine theirs"),
         (["--bundle", "b", "--layers", "2"], "--layers cuts a --shape"),
         (["--rounds", "0"], "1 or more"),
+        (["--rounds", "3", "--most-rounds", "2"], "--most-rounds 2 is less than --rounds 3"),
     ],
 )
 def test_wrong_usage_is_refused(
