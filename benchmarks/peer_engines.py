@@ -337,7 +337,11 @@ class Worker:
 
     def _load(self) -> dict[str, Any]:
         if self._name != WITHOUT_FILE:
-            self._make()  # writes what is derived, and fills the page cache
+            # Writes what is derived, and fills the page cache: some read their files in the first step only.
+            before = self._make()
+            before.clear(COMPARED)
+            before.append(self._text(1, 0))
+            del before
         self._memory.restart()
         started = time.perf_counter()
         engine = self._engine = self._make()

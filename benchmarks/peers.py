@@ -533,9 +533,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report(f"together: {', '.join(group)}")
         matches.append(Match(group, models, options.threads, options.tokens, history, number))
         matches[-1].run(options.rounds, most)
-    result = as_result(matches, history, left_out, facts)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1))
+        result = as_result(matches, history, left_out, facts)
+        if options.json is not None:  # after each group, since the next one may take an hour
+            options.json.write_text(json.dumps(result, indent=1))
     print(as_markdown(result))
 
 

@@ -176,14 +176,25 @@ void multiply_many(const Block& block, const uint8_t* records, int64_t panels, f
     }
 }
 
+// Up to kStreams panels that follow one another.
+void multiply_panels(const Block& block, const uint8_t* records, int64_t panels, float* totals) {
+    const Int4Path& path = block.path;
+    if (path.has_panels(block.count)) {
+        path.multiply_panels({records, panels, block.weights.shape, block.rows, totals}, block.count);
+    } else if (is_few(path, block.count)) {
+        multiply_few(block, records, panels, totals);
+    } else {
+        multiply_many(block, records, panels, totals);
+    }
+}
+
 // Panels first <= panel < end of y, at most kStreams of weights: of one matrix, or of two by turns.
 void linear_panels(const Block& block, int64_t first, int64_t end, int64_t matrices) {
     const Int4Shape& shape = block.weights.shape;
     const int64_t size = block.count * kInt4PanelRows;
     alignas(64) float totals[kStreams * kInt4RowBlock * kInt4PanelRows];
     const uint8_t* records = block.weights.records + first * matrices * shape.panel_bytes();
-    const auto multiply = is_few(block.path, block.count) ? multiply_few : multiply_many;
-    multiply(block, records, (end - first) * matrices, totals);
+    multiply_panels(block, records, (end - first) * matrices, totals);
     for (int64_t panel = first; panel < end; ++panel) {
         float* of = totals + (panel - first) * matrices * size;
         if (matrices == 2) block.path.silu_multiply(of, of + size, size);

@@ -1,5 +1,5 @@
-// int4 with AMX for many rows: one instruction multiplies 16 rows of 64 bytes by 64 times 16, and adds to 256 sums. Few
-// rows are as with AVX-512 VNNI, for they would leave tiles empty.
+// int4 with AMX: one instruction multiplies up to 16 rows of 64 bytes by 64 times 16, and adds to 16 sums of each.
+// Fewer than four are as with AVX-512 VNNI: unpacking for tiles would take longer than the products.
 #include "common/amx.h"
 #include "int4/int4_avx512.h"
 
@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 64;  // of a row
+// Fewer are multiplied as fast without tiles.
+constexpr int64_t kFromRows = 4;
 constexpr int64_t kPanelStride = kInt4PanelRows * int64_t{sizeof(int32_t)};
 static_assert(kInt4RowStep == 2 * kTileRows && kInt4PanelRows == 2 * kTileRows && kPanelStride == kQuadBytes);
 
@@ -17,6 +19,15 @@ inline TileConfig tiles_of(int64_t columns) {
     TileConfig config;
     config.set(0, 3, kTileRows, kTileBytes);
     config.set(4, 5, kTileRows, columns);
+    config.set(6, 7, columns / 4, kTileBytes);
+    return config;
+}
+
+// The same for few rows, which tiles 0 and 1 are the sums of and 4 is a part of.
+inline TileConfig tiles_of_few(int64_t rows, int64_t columns) {
+    TileConfig config;
+    config.set(0, 1, rows, kTileBytes);
+    config.set(4, 4, rows, columns);
     config.set(6, 7, columns / 4, kTileBytes);
     return config;
 }
@@ -232,6 +243,104 @@ void multiply_tiles(const Int4Tile& tile, int64_t rows) {
     _tile_release();  // tiles in use make every switch between threads save 8 KiB more
 }
 
+// A record of panels that have turns: the first of each, then the second of each, and so on.
+struct Turn {
+    int64_t group, panel;
+    const uint8_t* record;
+    int64_t ahead;  // what is fetched meanwhile: the next record of the panel, or of the panel that comes after these
+};
+
+inline Turn turn_of(const Int4Panels& panels, int64_t group, int64_t panel) {
+    const int64_t groups = panels.rows.groups, size = panels.shape.record_bytes();
+    const bool last = group + 1 == groups;
+    return {group, panel, panels.records + (panel * groups + group) * size,
+            last ? (panels.count * groups - group) * size : size};
+}
+
+// Some columns of a record, as tiles take them: values [group / 4, 32, 4]. They are not made signed, so that sums lack
+// their zero points' term.
+inline void unpack_unsigned(const Turn& turn, int64_t first, int64_t columns, uint8_t* values) {
+    using Isa = Avx512Vnni;
+    for (int64_t column = first; column < first + columns; column += kBlockColumns) {
+        const uint8_t* from = turn.record + column / kBlockColumns * kQuadBytes;
+        uint8_t* to = values + column * kInt4PanelRows;
+        prefetch(from, turn.ahead, kQuadBytes);
+        BIOMEDGPT_UNROLL
+        for (int64_t v = 0; v < kQuadBytes; v += kTileBytes) {
+            const Isa::Quads quads = Isa::load(from + v);
+            _mm512_store_si512(to + v, Isa::low(quads));
+            _mm512_store_si512(to + kQuadBytes + v, Isa::high(quads));
+        }
+    }
+}
+
+// Adds some columns to tiles 0 and 1.
+inline void multiply_unsigned(const Int4Panels& panels, const Turn& turn, int64_t column, const uint8_t* values) {
+    const uint8_t* quads = values + column * kInt4PanelRows;
+    _tile_loadd(4, panels.rows.values + turn.group * panels.shape.group + column, panels.rows.stride);
+    _tile_loadd(6, quads, kQuadBytes);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, quads + kTileBytes, kQuadBytes);
+    _tile_dpbsud(1, 4, 7);
+}
+
+// Sums [rows, 32] to totals, as others do it: first they are made exact, then scaled.
+inline void add_unsigned(const Int4Panels& panels, const Turn& turn, int64_t rows, const int32_t* sums) {
+    using Isa = Avx512Vnni;
+    const uint8_t* scales = turn.record + panels.shape.record_bytes() - kScaleBytes;
+    const Isa::Floats left = Isa::load_halves(scales), right = Isa::load_halves(scales + 2 * Isa::kLanes);
+    float* totals = panels.totals + turn.panel * rows * kInt4PanelRows;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t number = row * panels.rows.groups + turn.group;
+        const Isa::Ints zero_term = Isa::set(panels.rows.zero_terms[number]);
+        const Isa::Floats row_scale = Isa::set(panels.rows.scales[number]);
+        BIOMEDGPT_UNROLL
+        for (int64_t v = 0; v < kInt4PanelRows; v += Isa::kLanes) {
+            const Isa::Ints sum = Isa::add(_mm512_load_si512(sums + row * kInt4PanelRows + v), zero_term);
+            const Isa::Floats product = Isa::scale(Isa::to_floats(sum), v == 0 ? left : right);
+            float* total = totals + row * kInt4PanelRows + v;
+            Isa::store(total, Isa::fma(product, row_scale, turn.group == 0 ? Isa::zero() : Isa::load(total)));
+        }
+    }
+}
+
+// Up to 16 rows. While a record is unpacked, the one before is multiplied and the sums of the one before that are
+// added: none waits for another, and the processor does them at once where their instructions alternate.
+void multiply_panels(const Int4Panels& panels, int64_t rows) {
+    const int64_t columns = panels.shape.group < kTileBytes ? panels.shape.group : kTileBytes;
+    const int64_t records = panels.rows.groups * panels.count;
+    alignas(64) uint8_t values[2][kMaxGroup * kInt4PanelRows];
+    alignas(64) int32_t sums[2][kTileRows * kInt4PanelRows];
+    Turn unpacked{}, multiplied{}, added{};
+    int64_t group = 0, panel = 0;
+    configure_tiles(tiles_of_few(rows, columns));
+    for (int64_t step = 0; step < records + 2; ++step) {
+        const bool unpacks = step < records, multiplies = step > 0 && step <= records;
+        const int64_t now = step % 2, before = 1 - now;
+        added = multiplied;
+        multiplied = unpacked;
+        if (step > 1) add_unsigned(panels, added, rows, sums[now]);
+        if (unpacks) {
+            unpacked = turn_of(panels, group, panel);
+            prefetch(unpacked.record + panels.shape.record_bytes() - kScaleBytes, unpacked.ahead, kScaleBytes);
+            if (++panel == panels.count) panel = 0, ++group;
+        }
+        if (multiplies) {
+            _tile_zero(0);
+            _tile_zero(1);
+        }
+        for (int64_t column = 0; column < panels.shape.group; column += columns) {
+            if (multiplies) multiply_unsigned(panels, multiplied, column, values[before]);
+            if (unpacks) unpack_unsigned(unpacked, column, columns, values[now]);
+        }
+        if (multiplies) {
+            _tile_stored(0, sums[before], kPanelStride);
+            _tile_stored(1, sums[before] + kTileRows, kPanelStride);
+        }
+    }
+    _tile_release();
+}
+
 }  // namespace
 
 extern const Int4Path kInt4Amx = {"amx_int8",
@@ -243,6 +352,9 @@ extern const Int4Path kInt4Amx = {"amx_int8",
                                   unpack<kInt4ZeroPoint>,
                                   multiply_tiles,
                                   silu_multiply,
-                                  write_past_caches};
+                                  write_past_caches,
+                                  kFromRows,
+                                  kTileRows,
+                                  multiply_panels};
 
 }  // namespace biomedgpt

@@ -31,6 +31,7 @@ constexpr int64_t kQuadBytes = 4 * kInt4PanelRows;   // four columns of a panel,
 constexpr int64_t kStepColumns = 32;                 // what every group is a multiple of
 constexpr int64_t kScaleBytes = 2 * kInt4PanelRows;  // of a record
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kMaxGroup = 128;
 
 // `distance` ahead of what is read, which may be beyond the end of a matrix: it is only hinted at.
 inline void prefetch(const uint8_t* from, int64_t distance, int64_t bytes) {
@@ -179,7 +180,6 @@ void unpack(const uint8_t* records, int64_t group, int64_t groups, uint8_t* __re
 }
 
 inline void quantize(const float* x, int64_t columns, int64_t group, const Int4Rows& row) {
-    constexpr int64_t kMaxGroup = 128;
     for (int64_t g = 0; g < row.groups; ++g) {
         const int64_t first = g * group, rest = columns - first;
         float padded[kMaxGroup] = {};

@@ -39,6 +39,15 @@ struct Int4Tile {
     BIOMEDGPT_INLINE int64_t record_bytes() const { return kInt4PanelRows * (group / 2 + 2); }
 };
 
+// A product of a few rows and some panels that follow one another.
+struct Int4Panels {
+    const uint8_t* records;
+    int64_t count;
+    Int4Shape shape;  // of the matrix that they belong to
+    Int4Rows rows;
+    float* totals;  // [count, rows, 32]
+};
+
 struct Int4Path {
     const char* name;
     int64_t tile_rows;           // that multiply takes, at most
@@ -57,6 +66,12 @@ struct Int4Path {
 
     // The first `columns` of totals [rows, 32] to y [rows, stride].
     void (*write)(const float* totals, int64_t rows, int64_t columns, float* y, int64_t stride);
+
+    // What some paths have instead of `multiply` for so many rows.
+    int64_t panels_from = 1, panels_to = 0;
+    void (*multiply_panels)(const Int4Panels& panels, int64_t rows) = nullptr;
+
+    bool has_panels(int64_t rows) const { return panels_from <= rows && rows <= panels_to; }
 };
 
 extern const Int4Path kInt4Portable;

@@ -13,8 +13,9 @@ namespace {
 
 // With a panel that is not full, and with whole ones and groups of two tiles.
 constexpr Int4Shape kShapes[] = {{40, 96, 32}, {64, 256, 128}};
-// One; enough for values to be unpacked, and for a tile that is not full; and enough for all that many rows meet.
-constexpr int64_t kRowCounts[] = {1, 17, 64};
+// One; a few; enough for values to be unpacked, and for a tile that is not full; and enough for all that many rows
+// meet.
+constexpr int64_t kRowCounts[] = {1, 5, 17, 64};
 constexpr int64_t kMostRows = 64;
 
 // Integers that quantize to themselves: one of each group that shares a scale is 127.

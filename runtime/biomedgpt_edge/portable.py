@@ -151,9 +151,17 @@ def _forget_others(derivation: Derivation, folder: Path) -> None:
     derived = folder.parent.glob(f"*-{_part(derivation)}-*")
     # Locks lie beside the folders.
     others = [path for path in derived if path.is_dir() and path != folder and path.suffix != _PARTIAL]
-    for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True)[1:]:
+    for path in sorted(others, key=_modified, reverse=True)[1:]:
         _log.info("removing %s, derived for another bundle", path)
         shutil.rmtree(path, ignore_errors=True)  # another process may be doing it, too
+
+
+def _modified(path: Path) -> int:
+    """Nanoseconds; 0 of what another process has removed meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _require_same(expected: FileEntry, derived: FileEntry) -> None:

@@ -242,17 +242,36 @@ def test_clearing_the_cache_takes_no_lock_away(tiny_bundle: Path, derivations: l
 def test_what_was_derived_for_the_bundle_before_stays_and_for_older_ones_goes(
     tiny_bundle: Path, cache: Path, tmp_path: Path
 ) -> None:
-    def renamed(name: str) -> Path:
-        copy = Path(shutil.copytree(tiny_bundle, tmp_path / name))
-        edit(copy, lambda fields: fields.update(name=name))
-        return copy
-
     folders = []
     for name in ("first", "second", "third"):
-        folders.append(derive(renamed(name)).parent)
+        folders.append(derive(renamed(tiny_bundle, tmp_path, name)).parent)
         # Times of folders that follow one another this closely may be the same.
         os.utime(folders[-1], ns=(len(folders), len(folders)))
     assert sorted(path for path in (cache / "portable").iterdir() if path.is_dir()) == sorted(folders[1:])
+
+
+def test_what_another_process_removes_meanwhile_is_no_hindrance(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = derive(renamed(tiny_bundle, tmp_path, "first")).parent
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        found = real(path)
+        if path == before:
+            shutil.rmtree(path, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert derive(renamed(tiny_bundle, tmp_path, "second")).is_file()
+    assert not before.exists()
+
+
+def renamed(bundle: Path, folder: Path, name: str) -> Path:
+    """A copy that differs in its name, and so in its digest."""
+    copy = Path(shutil.copytree(bundle, folder / name))
+    edit(copy, lambda fields: fields.update(name=name))
+    return copy
 
 
 def derived_folder(path: Path) -> Path:
