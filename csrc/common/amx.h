@@ -30,5 +30,10 @@ inline void configure_tiles(const TileConfig& config) {
     __asm__ volatile("ldtilecfg\t%0" : : "m"(config));
 }
 
+// Between what is written and tiles that are loaded from it: _tile_loadd of GCC does not say that it reads memory.
+inline void written_for_tiles() {
+    __asm__ volatile("" : : : "memory");
+}
+
 }  // namespace
 }  // namespace biomedgpt

@@ -333,6 +333,7 @@ void multiply_panels(const Int4Panels& panels, int64_t rows) {
             if (multiplies) multiply_unsigned(panels, multiplied, column, values[before]);
             if (unpacks) unpack_unsigned(unpacked, column, columns, values[now]);
         }
+        written_for_tiles();
         if (multiplies) {
             _tile_stored(0, sums[before], kPanelStride);
             _tile_stored(1, sums[before] + kTileRows, kPanelStride);
