@@ -270,7 +270,8 @@ def test_a_match_writes_every_time_and_names_who_is_missing(
     monkeypatch.setattr(peers, "grouped", lambda names, sizes, room: ([["ours"], names[:2]], names[2:]))
     out = tmp_path / "peers.json"
     shape = ["--bundle", str(DEMO_BUNDLE), "--work", str(tmp_path), "--engines", "ours,onnxruntime,torch-bf16"]
-    peers.main([*shape, "--threads", "1", "--rounds", "1", "--tokens", "3", "--json", str(out)])
+    once = ["--threads", "1", "--rounds", "1", "--most-rounds", "1"]  # however busy the machine is
+    peers.main([*shape, *once, "--tokens", "3", "--json", str(out)])
     written, printed = json.loads(out.read_text()), capsys.readouterr().out
     (ours,), (_, peer) = (group["engines"] for group in written["groups"])
     assert set(ours["times"]) == {*peers.BURSTS, *peers.BURSTS_OF_OURS}  # of the second group, not again
@@ -280,7 +281,7 @@ def test_a_match_writes_every_time_and_names_who_is_missing(
     assert len(written["ours_alone"]) == 4
     assert "| onnxruntime | " in printed
     assert "- linear layers, share of the bandwidth: " in printed
-    assert re.search(r"\| ours, onnxruntime \| 1 of \d, 10.0 to 10.0", printed)
+    assert "| ours, onnxruntime | 1 of 1, 10.0 to 10.0" in printed
     assert re.search(r"Not measured:\n- torch-bf16: takes 0.\d GiB, too much beside ours", printed)
 
 
