@@ -317,14 +317,19 @@ class Match:
         return replace(now, own=now.own + sum(peer.processor_seconds() for peer in self._peers.values()))
 
 
-def undisturbed(history: Sequence[Turn], group: int, burst: str) -> list[int]:
-    """Rounds of a burst that count; the best bandwidth is that of all groups."""
+def judged(history: Sequence[Turn], group: int, burst: str) -> list[tuple[Round, tuple[str, ...]]]:
+    """Rounds of a burst, and why each is dropped, if it is; the best bandwidth is that of all groups."""
     dropped = disturbances([turn.round for turn in history])
     return [
-        turn.round.index
+        (turn.round, reasons)
         for turn, reasons in zip(history, dropped, strict=True)
-        if (turn.group, turn.burst) == (group, burst) and not reasons
+        if (turn.group, turn.burst) == (group, burst)
     ]
+
+
+def undisturbed(history: Sequence[Turn], group: int, burst: str) -> list[int]:
+    """Rounds of a burst that count."""
+    return [one.index for one, reasons in judged(history, group, burst) if not reasons]
 
 
 def as_result(
@@ -353,12 +358,7 @@ def _group(match: Match, history: Sequence[Turn]) -> dict[str, Any]:
 
 def _rounds(group: int, burst: str, history: Sequence[Turn]) -> dict[str, Any]:
     """All of a burst, and those that count; where all are disturbed, all count, and it is said."""
-    dropped = disturbances([turn.round for turn in history])
-    mine = [
-        {**asdict(turn.round), "dropped": list(reasons)}
-        for turn, reasons in zip(history, dropped, strict=True)
-        if (turn.group, turn.burst) == (group, burst)
-    ]
+    mine = [{**asdict(one), "dropped": list(reasons)} for one, reasons in judged(history, group, burst)]
     good = undisturbed(history, group, burst)
     counted = good or [one["index"] for one in mine if one["index"]]
     return {"all": mine, "counted": counted, "undisturbed": bool(good)}
