@@ -292,6 +292,8 @@ class Choices:
         # Records are made from the portable graph, and turned back for the parity runs.
         twice = [DECODER_PART, HEAD] if options.in_records else []
         twice += [PROTEIN_PART] if options.protein_in_records else []
+        # Graphs for TensorRT are written with their data first.
+        twice += [DECODER_PART, HEAD, *([] if esm is None else [PROTEIN_PART])] if options.for_gpus else []
         return plan(parts, tensors, self.source.checkpoint, [*self.gptq_parts, *twice])
 
     def estimate(self, planned: Plan) -> Estimate:

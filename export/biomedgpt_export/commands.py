@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from biomedgpt_edge.available_memory import available_memory
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.kv_cache import KV_ELEMENTS
 from biomedgpt_edge.errors import BioMedGPTError
@@ -21,7 +22,6 @@ from .families import LAYOUTS
 from .families.base import MODALITIES
 from .families.biomedgpt_10b import FAMILY
 from .graphs.linear import GRAPH_PRECISIONS, HEAD_PRECISIONS, PRECISIONS
-from .memory import available_memory
 from .options import DECODER_LAYOUTS, PROOFS, QUANTIZERS, TABLE_PRECISIONS, ExportOptions, read_about
 from .proof import BundleSide, compared, table
 from .quantize.int4 import GROUP_SIZES

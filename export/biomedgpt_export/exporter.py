@@ -16,6 +16,7 @@ import safetensors.numpy
 import torch
 
 from biomedgpt_edge import Protein
+from biomedgpt_edge.available_memory import available_memory
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.errors import ManifestError
 from biomedgpt_edge.manifest import (
@@ -24,11 +25,11 @@ from biomedgpt_edge.manifest import (
     PORTABLE,
     RECORDS,
     DecoderSpec,
+    DerivedGraph,
     FileEntry,
     Manifest,
     MoleculeEncoderSpec,
     Policy,
-    PortableGraph,
     ProteinEncoderSpec,
     TensorFiles,
     parse_manifest,
@@ -52,8 +53,7 @@ from .graphs.esm import build_esm
 from .graphs.gin import build_gin
 from .graphs.int4_ops import write_portable
 from .graphs.linear import Linears
-from .layouts import write_encoder_in_records, write_in_records
-from .memory import available_memory
+from .layouts import GpuGraphs, write_encoder_in_records, write_gpu_graphs, write_in_records, write_standard_graph
 from .options import ExportOptions
 from .plan import Plan
 from .quantize import int8_groups
@@ -161,8 +161,11 @@ class _Export:
     staging: Path
     report: Report
     smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
-    portable: PortableGraph | None = None
-    portable_encoder: PortableGraph | None = None
+    portable: DerivedGraph | None = None
+    portable_encoder: DerivedGraph | None = None
+    gpu: GpuGraphs = field(default_factory=GpuGraphs)
+    gpu_encoder: GpuGraphs = field(default_factory=GpuGraphs)
+    standard_gin: DerivedGraph | None = None
 
     def weights(self, key: str) -> torch.Tensor:
         """One tensor of the checkpoint.
@@ -283,20 +286,32 @@ class _Export:
             self.report("molecule encoder")
             with self._graph(MOLECULE_ENCODER) as graph:
                 build_gin(graph, gin, self._under(MOLECULE), linears)
+            if self.options.for_gpus:
+                built = self.staging / MOLECULE_ENCODER
+                self.standard_gin = write_standard_graph(built, built, self.report)
         imported = self.choices.imported
         quantizer = self._quantizer(DECODER_PART, journal) if imported is None else imported
         linears = written[DECODER] = Linears(precision, quantizer, activations="int8", lm_head=self.choices.lm_head)
         name = f"built_{DECODER}" if self.options.in_records else DECODER
         with self._graph(name) as graph:
             build_decoder(graph, llama, configs.rows, self._under(LLM), linears, self.report)
-        if name != DECODER:
-            self._lay_out(self.staging / name)
+        self._lay_out(self.staging / name)
         if esm is not None:
             written[PROTEIN_ENCODER] = self._write_protein_encoder(esm, journal)
         return written
 
     def _lay_out(self, built: Path) -> None:
-        """The decoder in records, in place of the one that was built."""
+        """The decoder in records, in place of the one that was built; and those for GPUs."""
+        own = self.staging / DECODER
+        if built != own:
+            self._lay_out_in_records(built)
+        if self.options.for_gpus:
+            self.report("decoder for GPUs")
+            self.gpu = write_gpu_graphs(built, own, self.portable, self.report)
+        if built != own:
+            _unlink_graph(built)
+
+    def _lay_out_in_records(self, built: Path) -> None:
         try:
             replaced, self.portable = write_in_records(built, self.staging / DECODER)
         except ModelConfigError as error:
@@ -306,7 +321,6 @@ class _Export:
             write_portable(built, self.staging / DECODER)
         else:
             self.report(f"decoder in records, {replaced.kept} products in another form")
-        _unlink_graph(built)
 
     def _write_protein_encoder(self, esm: EsmConfig, journal: Journal | None) -> Linears:
         """In int8, it lies in records where the decoder does."""
@@ -319,11 +333,14 @@ class _Export:
         name = f"built_{PROTEIN_ENCODER}" if in_records else PROTEIN_ENCODER
         with self._graph(name) as graph:
             build_esm(graph, esm, self._under(PROTEIN), linears, self.report)
+        built, own = self.staging / name, self.staging / PROTEIN_ENCODER
         if in_records:
-            target = self.staging / PROTEIN_ENCODER
-            count, self.portable_encoder = write_encoder_in_records(self.staging / name, target)
-            _unlink_graph(self.staging / name)
+            count, self.portable_encoder = write_encoder_in_records(built, own)
             self.report(f"protein encoder in records, {count} linear layers")
+        if self.options.for_gpus:
+            self.gpu_encoder = write_gpu_graphs(built, own, self.portable_encoder, self.report)
+        if in_records:
+            _unlink_graph(built)
         return linears
 
     def _quantizer(self, part: str, journal: Journal | None) -> WeightQuantizer:
@@ -356,9 +373,13 @@ class _Export:
                 attention_bias=llama.attention_bias,
                 layout=PORTABLE if self.portable is None else RECORDS,
                 portable=self.portable,
+                cuda=self.gpu.cuda,
+                standard=self.gpu.standard,
             ),
-            molecule_encoder=None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width),
-            protein_encoder=None if esm is None else _protein_spec(esm, self.portable_encoder),
+            molecule_encoder=(
+                None if gin is None else MoleculeEncoderSpec(MOLECULE_ENCODER, gin.layers, gin.width, self.standard_gin)
+            ),
+            protein_encoder=None if esm is None else _protein_spec(esm, self.portable_encoder, self.gpu_encoder),
             tensors=FILES,
             prompt=family.template,
             policy=self._policy,
@@ -466,7 +487,7 @@ def _unlink_graph(graph: Path) -> None:
         path.unlink()
 
 
-def _protein_spec(esm: EsmConfig, portable: PortableGraph | None) -> ProteinEncoderSpec:
+def _protein_spec(esm: EsmConfig, portable: DerivedGraph | None, gpu: GpuGraphs) -> ProteinEncoderSpec:
     return ProteinEncoderSpec(
         graph=PROTEIN_ENCODER,
         layers=esm.layers,
@@ -476,6 +497,8 @@ def _protein_spec(esm: EsmConfig, portable: PortableGraph | None) -> ProteinEnco
         norm_eps=esm.norm_eps,
         layout=PORTABLE if portable is None else RECORDS,
         portable=portable,
+        cuda=gpu.cuda,
+        standard=gpu.standard,
     )
 
 

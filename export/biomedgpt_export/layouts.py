@@ -1,22 +1,34 @@
-"""Graphs in records, with what a box without the operators for them derives portable ones with."""
+"""Graphs in other layouts, and those that a bundle holds without their data, which a box derives where it uses them."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from biomedgpt_edge.bundle import sha256_of
-from biomedgpt_edge.manifest import DATA_SUFFIX, PortableGraph
-from biomedgpt_edge.portable import portable_data
+from biomedgpt_edge.manifest import DATA_SUFFIX, DerivedGraph
+from biomedgpt_edge.portable import derived_data
 
+from .choices import Report
 from .errors import ModelConfigError, ParityError
+from .graphs.cuda import write_cuda
 from .graphs.int4_ops import Replaced, write_portable, write_with_int4_ops
 from .graphs.int8_ops import write_portable_int8, write_with_int8_ops
+from .graphs.standard import write_standard
 
 PORTABLE_DECODER, PORTABLE_ENCODER = "decoder-portable.onnx", "protein_encoder-portable.onnx"
 
 
-def write_in_records(source: Path, target: Path) -> tuple[Replaced, PortableGraph]:
+@dataclass(frozen=True)
+class GpuGraphs:
+    """Graphs of a part for GPUs; see :class:`biomedgpt_edge.manifest.DecoderSpec`."""
+
+    cuda: str | None = None
+    standard: DerivedGraph | None = None
+
+
+def write_in_records(source: Path, target: Path) -> tuple[Replaced, DerivedGraph]:
     """Writes the portable graph ``source`` to ``target`` in records, and beside it one of the first kind without data.
 
     Of ``source``, ``target`` and the data, two lie on disk at once.
@@ -37,7 +49,7 @@ def write_in_records(source: Path, target: Path) -> tuple[Replaced, PortableGrap
     return replaced, described
 
 
-def write_encoder_in_records(source: Path, target: Path) -> tuple[int, PortableGraph]:
+def write_encoder_in_records(source: Path, target: Path) -> tuple[int, DerivedGraph]:
     """As :func:`write_in_records`, of a protein encoder in int8; returns how many products lie in records.
 
     Raises:
@@ -51,22 +63,57 @@ def write_encoder_in_records(source: Path, target: Path) -> tuple[int, PortableG
     return count, described
 
 
-def _without_data(portable: Path) -> PortableGraph:
+def write_gpu_graphs(source: Path, own: Path, portable: DerivedGraph | None, report: Report) -> GpuGraphs:
+    """Writes what GPUs compute a decoder or protein encoder with, beside ``own``.
+
+    Args:
+        source: the portable graph with its data.
+        own: the part's graph, which may be the same.
+        portable: that of ``own`` where it lies in records.
+
+    Raises:
+        ParityError: see :func:`write_in_records`.
+    """
+    cuda = own.with_name(f"{own.stem}-cuda.onnx")
+    write_cuda(own if portable is None else own.with_name(portable.graph), cuda)
+    return GpuGraphs(cuda.name, write_standard_graph(source, own, report))
+
+
+def write_standard_graph(source: Path, own: Path, report: Report) -> DerivedGraph | None:
+    """The standard graph alone; None, which is reported, where no standard operator computes something of the part.
+
+    Raises:
+        ParityError: see :func:`write_in_records`.
+    """
+    target = own.with_name(f"{own.stem}-standard.onnx")
+    try:
+        written = write_standard(source, target)
+    except ModelConfigError as error:
+        report(f"no standard graph for TensorRT: {error.message}")
+        return None
+    if written.plain:
+        report(f"{own.stem}: in 16 bits for TensorRT: {', '.join(written.plain)}")
+    described = _without_data(target)
+    _require_derivable(own, target, described)
+    return described
+
+
+def _without_data(graph: Path) -> DerivedGraph:
     """Describes the data of a graph and removes it."""
-    data = portable.with_suffix(DATA_SUFFIX)
-    described = PortableGraph(portable.name, data.stat().st_size, sha256_of(data))
+    data = graph.with_suffix(DATA_SUFFIX)
+    described = DerivedGraph(graph.name, data.stat().st_size, sha256_of(data))
     data.unlink()
     return described
 
 
-def _require_derivable(records: Path, portable: Path, described: PortableGraph) -> None:
+def _require_derivable(own: Path, graph: Path, described: DerivedGraph) -> None:
     digest = hashlib.sha256()
-    for part in portable_data(records, portable):
+    for part in derived_data(own, graph):
         digest.update(part.data)
     if digest.hexdigest() != described.data_sha256:
         raise ParityError(
-            f"the data of {portable.name} cannot be derived from {records.name}.",
+            f"the data of {graph.name} cannot be derived from {own.name}.",
             seen=digest.hexdigest(),
             limit=described.data_sha256,
-            remedy="Nothing was written. Use --decoder-layout portable, and report this.",
+            remedy="Nothing was written. Report this, with the model's configuration.",
         )

@@ -95,6 +95,11 @@ class ExportOptions:
         return self.decoder_layout == "records" or (self.decoder_layout is None and self.precision == "int4")
 
     @property
+    def for_gpus(self) -> bool:
+        """Whether the bundle gets graphs for GPUs, which compute in 16 bits: a float32 one stays what was exported."""
+        return self.precision != "fp32"
+
+    @property
     def protein_in_records(self) -> bool:
         """Whether a protein encoder's matrices are to lie in records, too."""
         return self.in_records and self.protein_precision == "int8"

@@ -258,7 +258,9 @@ class _ExactArithmetic:
             if spec is not None:
                 copy = self._copy(self._bundle.file(spec.graph))
                 entries.append(FileEntry(copy.name, copy.stat().st_size, ""))
-                specs[field] = dataclasses.replace(spec, graph=copy.name, layout=PORTABLE, portable=None)
+                specs[field] = dataclasses.replace(
+                    spec, graph=copy.name, layout=PORTABLE, portable=None, cuda=None, standard=None
+                )
         exact = dataclasses.replace(manifest, files=tuple(entries), **specs)
         return dataclasses.replace(self._bundle, manifest=exact)
 

@@ -27,27 +27,30 @@ from .manifest import (
     PAGE,
     RECORDS,
     DecoderSpec,
+    DerivedGraph,
     FileEntry,
     Manifest,
-    PortableGraph,
     ProteinEncoderSpec,
     parse_manifest,
 )
 from .onnx_header import (
+    CUDA_OPERATORS,
     DECODER_RECORDS_OPERATORS,
     OPERATORS,
     PROTEIN_RECORDS_OPERATORS,
+    STANDARD_OPERATORS,
     ExternalTensor,
     Header,
     read_header,
 )
-from .onnx_products import contradictions
+from .onnx_products import contradictions, misfits
 from .splice import EmbeddingTable, Projection
 from .tensor_file import map_tensors
 from .tensor_names import ROPE_COS, ROPE_SIN
 from .tokenizer import Tokenizer
 
 _CHUNK = 2**22
+_MOST_BITS, _LEAST_BITS = 16, 4
 # How the exporter names the folder that it writes into until the bundle is whole.
 _STAGING = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 _RE_EXPORT = "Export or copy the bundle again."
@@ -197,33 +200,53 @@ class Bundle:
             _check_rotations(header, manifest.decoder)
         if manifest.molecule_encoder is not None:
             self._check_graph(manifest.molecule_encoder.graph, OPERATORS)
+            self._check_standard(manifest.molecule_encoder.standard)
         if manifest.protein_encoder is not None:
             self._check_layouts(manifest.protein_encoder, PROTEIN_RECORDS_OPERATORS)
 
     def _check_layouts(self, spec: DecoderSpec | ProteinEncoderSpec, own: Set[tuple[str, str]]) -> Header:
-        """A graph, which may have operators of its ``own`` where it lies in records, and the portable one beside it."""
+        """A graph, which may have operators of its ``own`` where it lies in records, and those beside it."""
         if spec.portable is not None:
-            self._check_portable(spec.portable)
+            self._check_derived(spec.portable, OPERATORS)
+        if spec.cuda is not None:
+            # Over the same data as the portable graph, wherever that is.
+            derived = spec.portable
+            sizes = None if derived is None else {_beside(derived.graph, derived.data): derived.data_size}
+            self._check_graph(spec.cuda, CUDA_OPERATORS, sizes)
+        self._check_standard(spec.standard)
         return self._check_graph(spec.graph, OPERATORS | own if spec.layout == RECORDS else OPERATORS)
 
-    def _check_portable(self, portable: PortableGraph) -> None:
+    def _check_standard(self, standard: DerivedGraph | None) -> None:
+        if standard is None:
+            return
+        header = self._check_derived(standard, STANDARD_OPERATORS)
+        wrong = next(misfits(header), None)
+        if wrong is not None:
+            raise BundleCorruptError(
+                f"{standard.graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
+            )
+
+    def _check_derived(self, derived: DerivedGraph, operators: Set[tuple[str, str]]) -> Header:
         """Its tensors lie in the file that is derived for it, and nowhere in the bundle."""
-        data = _beside(portable.graph, portable.data)
+        data = _beside(derived.graph, derived.data)
         if data in self._entries:
             raise ManifestError(
                 f"the manifest lists {data}, which is to be derived.", seen=data[:80], remedy=_RE_EXPORT
             )
-        header = self._check_graph(portable.graph, OPERATORS, {data: portable.data_size})
-        # What is derived is what the bundle holds, unpacked, each tensor on a page: nobody's disk is to be filled.
-        limit = sum(self._sizes.values()) + PAGE * len(header.tensors)
-        if portable.data_size > limit:
+        header = self._check_graph(derived.graph, operators, {data: derived.data_size})
+        # What is derived is what the bundle holds, unpacked, each tensor on a page: nobody's disk is to be filled. What
+        # has 4 bits and no place in a standard graph so takes 16 there.
+        held = sum(self._sizes.values()) * (1 if operators == OPERATORS else _MOST_BITS // _LEAST_BITS)
+        limit = held + PAGE * len(header.tensors)
+        if derived.data_size > limit:
             raise ManifestError(
-                f"the manifest says that {data} has {portable.data_size:,} bytes, and the bundle has "
+                f"the manifest says that {data} has {derived.data_size:,} bytes, and the bundle has "
                 f"{sum(self._sizes.values()):,}.",
-                seen=portable.data_size,
+                seen=derived.data_size,
                 limit=limit,
                 remedy=_RE_EXPORT,
             )
+        return header
 
     def _check_graph(
         self, graph: str, operators: Set[tuple[str, str]], sizes: Mapping[str, int] | None = None

@@ -4,6 +4,7 @@
   was replaced or rewritten is hashed again.
 * The keys and values of the template's beginnings.
 * The portable decoder and protein encoder of a bundle in records, where they are used (see :mod:`portable`).
+* The engines that TensorRT built for this machine's GPU, and while it does, what it builds them of.
 * The soft tokens of molecules and proteins, where that is asked for. Nothing else of a question is ever written here.
 """
 
@@ -29,8 +30,9 @@ from .errors import PlatformError
 from .manifest import FileEntry
 
 # The folders inside the cache.
-VERIFIED, PREFIXES, SOFT_TOKENS, PORTABLE = "verified", "prefixes", "soft_tokens", "portable"
-FOLDERS = (VERIFIED, PREFIXES, SOFT_TOKENS, PORTABLE)
+VERIFIED, PREFIXES, SOFT_TOKENS = "verified", "prefixes", "soft_tokens"
+PORTABLE, STANDARD, ENGINES = "portable", "standard", "engines"
+FOLDERS = (VERIFIED, PREFIXES, SOFT_TOKENS, PORTABLE, STANDARD, ENGINES)
 _DIGEST_SIZE = hashlib.sha256().digest_size
 # Of a folder of derived files: their states when their hashes were right.
 _STAMP = "stamp.json"
@@ -85,7 +87,7 @@ def clear_cache() -> list[FolderUse]:
     for folder in use:
         for path in _files(folder.name):
             path.unlink(missing_ok=True)
-    for left in (cache_folder() / PORTABLE).glob("*/"):
+    for left in (path for name in (PORTABLE, STANDARD, ENGINES) for path in (cache_folder() / name).glob("*/")):
         # One that something else was put into stays.
         with contextlib.suppress(OSError):
             left.rmdir()

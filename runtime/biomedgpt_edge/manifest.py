@@ -18,7 +18,7 @@ from .prompt import PromptTemplate
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "biomedgpt-edge/bundle"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PORTABLE, RECORDS = "portable", "records-1"
 GRAPH_SUFFIX, DATA_SUFFIX = ".onnx", ".data"
 LAYOUTS = (PORTABLE, RECORDS)
@@ -53,6 +53,11 @@ _ADDED = (
     _Addition(3, "decoder", "portable", None),
     _Addition(4, "protein_encoder", "layout", PORTABLE),
     _Addition(4, "protein_encoder", "portable", None),
+    _Addition(5, "decoder", "cuda", None),
+    _Addition(5, "decoder", "standard", None),
+    _Addition(5, "molecule_encoder", "standard", None),
+    _Addition(5, "protein_encoder", "cuda", None),
+    _Addition(5, "protein_encoder", "standard", None),
 )
 
 
@@ -66,12 +71,11 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class PortableGraph:
-    """A graph for ONNX Runtime's own operators, beside one in records: ``graph`` is a file of the bundle.
+class DerivedGraph:
+    """A graph that a part of a model has beside its own: ``graph`` is a file of the bundle.
 
-    The tensors that it refers to lie in :attr:`data`, which is not in the bundle: what that holds is derived from the
-    records where it is needed (see :mod:`biomedgpt_edge.portable`), ``data_size`` bytes of SHA-256
-    ``data_sha256``.
+    The tensors that it refers to lie in :attr:`data`, which is not in the bundle: what that holds is derived where it
+    is needed (see :mod:`biomedgpt_edge.portable`), ``data_size`` bytes of SHA-256 ``data_sha256``.
     """
 
     graph: str
@@ -90,7 +94,8 @@ class DecoderSpec:
 
     ``layout`` is ``portable`` where ONNX Runtime's own operators compute the graph, and ``records-1`` where matrices
     lie as those of csrc/int4 read them; another number would stand for other records. ``portable`` is for machines
-    where the operators for records cannot be used.
+    where the operators for records cannot be used. For GPUs, ``cuda`` is the portable graph with activations in
+    float16, over the same data, and ``standard`` is one in operators of ONNX alone.
     """
 
     graph: str
@@ -106,16 +111,19 @@ class DecoderSpec:
     norm_eps: Annotated[float, Range(1e-30, 1.0)]
     attention_bias: bool = False
     layout: str = PORTABLE
-    portable: PortableGraph | None = None
+    portable: DerivedGraph | None = None
+    cuda: str | None = None
+    standard: DerivedGraph | None = None
 
 
 @dataclass(frozen=True)
 class MoleculeEncoderSpec:
-    """Dense-form GIN."""
+    """Dense-form GIN; ``standard`` is it in float16, for engines that take operators of ONNX alone."""
 
     graph: str
     layers: Annotated[int, Range(1, 1024)]
     width: Annotated[int, Range(1, 2**17)]
+    standard: DerivedGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class ProteinEncoderSpec:
     """ESM-2 without its final LayerNorm, which is folded into the projection; ``norm_eps`` is that norm's.
 
     ``layout`` is ``records-1`` where matrices lie as the operators of csrc/int8 read them, which they do beside a
-    decoder in records alone; ``portable`` is there then, too.
+    decoder in records alone; ``portable`` is there then, too. ``cuda`` and ``standard`` are as those of a decoder.
     """
 
     graph: str
@@ -133,7 +141,9 @@ class ProteinEncoderSpec:
     intermediate_size: Annotated[int, Range(1, 2**20)]
     norm_eps: Annotated[float, Range(1e-30, 1.0)]
     layout: str = PORTABLE
-    portable: PortableGraph | None = None
+    portable: DerivedGraph | None = None
+    cuda: str | None = None
+    standard: DerivedGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,7 @@ def parse_manifest(text: str) -> Manifest:
     if manifest.protein_encoder is not None:
         _check_layout("protein_encoder", manifest.protein_encoder)
         _check_encoder(manifest.protein_encoder, manifest.decoder)
+    _check_names(manifest)
     return manifest
 
 
@@ -241,22 +252,34 @@ def _check_layout(part: str, spec: DecoderSpec | ProteinEncoderSpec) -> None:
             limit=", ".join(LAYOUTS),
             remedy="Update biomedgpt-edge, or export the bundle with --decoder-layout portable.",
         )
-    if spec.portable is None:
-        return
-    graph = spec.portable.graph
-    if spec.layout == PORTABLE:
+    if spec.portable is not None and spec.layout == PORTABLE:
+        graph = spec.portable.graph
         raise ManifestError(
             f"'manifest.{part}.portable' of {MANIFEST_NAME} is {graph[:60]!r}, and the {what} is portable itself.",
             seen=graph[:60],
             remedy=_RE_EXPORT,
         )
-    if PurePosixPath(graph).suffix != GRAPH_SUFFIX:
-        raise ManifestError(
-            f"'manifest.{part}.portable.graph' of {MANIFEST_NAME} is {graph[:60]!r}, which does not end in "
-            f"{GRAPH_SUFFIX}.",
-            seen=graph[:60],
-            remedy=_RE_EXPORT,
-        )
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Graphs that are not a part's own are called what their data's name is made of, and each has a name of its own."""
+    named = dict[str, str]()
+    for part in ("decoder", "molecule_encoder", "protein_encoder"):
+        spec = getattr(manifest, part)
+        for field in ("portable", "cuda", "standard"):
+            graph = getattr(spec, field, None)
+            if graph is not None:
+                where = f"manifest.{part}.{field}" + ".graph" * (field != "cuda")
+                named[where] = graph if isinstance(graph, str) else graph.graph
+    for where, graph in named.items():
+        if PurePosixPath(graph).suffix != GRAPH_SUFFIX:
+            raise ManifestError(
+                f"'{where}' of {MANIFEST_NAME} is {graph[:60]!r}, which does not end in {GRAPH_SUFFIX}.",
+                seen=graph[:60],
+                remedy=_RE_EXPORT,
+            )
+    if len(set(named.values())) != len(named):
+        raise ManifestError(f"{MANIFEST_NAME} gives two parts the same graph.", remedy=_RE_EXPORT)
 
 
 def _check_encoder(encoder: ProteinEncoderSpec, decoder: DecoderSpec) -> None:

@@ -45,6 +45,17 @@ OPERATORS = frozenset(
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     }
 )
+# Of graphs for ONNX Runtime's CUDA provider, which has no DynamicQuantizeMatMul.
+CUDA_OPERATORS = OPERATORS | {("", "DequantizeLinear")}
+# Of graphs for engines that know nothing of ONNX Runtime (see export's graphs/standard.py).
+STANDARD_OPERATORS = frozenset(
+    {
+        *(("", name) for name in ("Add", "Attention", "Cast", "DequantizeLinear", "Gather", "Gelu", "Identity")),
+        *(("", name) for name in ("LayerNormalization", "MatMul", "Mul", "Pad", "RMSNormalization", "Relu", "Reshape")),
+        *(("", name) for name in ("RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze")),
+        *(("", name) for name in ("TensorScatter", "Transpose")),
+    }
+)
 # Those of csrc/ort, for bundles in records alone: of decoders, with how many matrices the records of each product hold,
 # and of protein encoders, with how many inputs each has.
 INT4_DOMAIN = "biomedgpt"
@@ -60,7 +71,7 @@ PROTEIN_RECORDS_OPERATORS = frozenset(INT8_INPUTS)
 _PRODUCTS, _CAST = {("com.microsoft", "MatMulNBits"), *INT4_MATRICES, *INT8_INPUTS}, ("", "Cast")
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3
-_DIMENSION, _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 8, 13, 14, 1
+_DIMENSION, _KIND, _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 2, 8, 13, 14, 1
 # Of a number, protobuf keeps so many bits.
 _INTEGER = 2**64 - 1
 
@@ -94,6 +105,7 @@ class Header:
         products: every product with quantized weights.
         casts: by the name of what a Cast gives, that of what it reads; None where two differ.
         shapes: of tensors by name, whether they lie outside or not; None where two differ.
+        kinds: of the same, their element types as TensorProto.DataType numbers them.
     """
 
     tensors: list[ExternalTensor] = field(default_factory=list)
@@ -101,6 +113,7 @@ class Header:
     products: list[Product] = field(default_factory=list)
     casts: dict[str, str | None] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    kinds: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -196,6 +209,9 @@ def _add_tensor(header: Header, data: memoryview) -> None:
     header.tensors.extend(islice(_reference(data), MAX_REFERENCES + 1 - len(header.tensors)))
     name, shape = _last(data, _NAME), _shape(data)
     header.shapes[name] = shape if header.shapes.get(name, shape) == shape else None
+    kinds = [value & _INTEGER for number, value in _fields(data) if number == _KIND and isinstance(value, int)]
+    kind = next(reversed(kinds), 0)
+    header.kinds[name] = kind if header.kinds.get(name, kind) == kind else None
 
 
 def _shape(data: memoryview) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
-"""The data of a portable decoder or protein encoder, derived from one in records, in the device cache.
+"""The data of graphs that a bundle holds without it, derived from that of a part's own graph in the device cache.
 
-The portable graph of such a bundle refers to tensors that no file of the bundle holds. ``<layer>.weight_int4`` and
-``<layer>.scales`` of a linear layer in records are its values and scales, unpacked (csrc/int4), and so are
-``<layer>.weight_int8``, by columns, ``<layer>.scales`` and ``<layer>.bias`` of one in int8 (csrc/int8); any other
-tensor is that of the same name in the records' graph, byte for byte. They follow each other by offset, each on the next
-page. The manifest says what they come to, size and SHA-256, so that what is derived is what was exported, or is not
+A portable graph, for a decoder or protein encoder in records, refers to tensors that no file of the bundle holds.
+``<layer>.weight_int4`` and ``<layer>.scales`` of a linear layer in records are its values and scales, unpacked
+(csrc/int4), and so are ``<layer>.weight_int8``, by columns, ``<layer>.scales`` and ``<layer>.bias`` of one in int8
+(csrc/int8); any other tensor is that of the same name in the records' graph, byte for byte. Those of a standard graph,
+beside records or not, are made of these (see :mod:`standard_tensors`). Tensors follow each other by offset, each on the
+next page. The manifest says what they come to, size and SHA-256: what is derived is what was exported, or is not
 used.
 """
 
@@ -25,16 +26,17 @@ import numpy.typing as npt
 
 from . import _native
 from .bundle import Bundle
-from .device_cache import PORTABLE, Verify, cache_folder, holds, locked, stamp
+from .device_cache import PORTABLE, STANDARD, Verify, cache_folder, holds, locked, stamp
 from .errors import BundleCorruptError, PlatformError
-from .manifest import PAGE, DecoderSpec, FileEntry, PortableGraph, ProteinEncoderSpec
+from .manifest import PAGE, DecoderSpec, DerivedGraph, FileEntry, MoleculeEncoderSpec, ProteinEncoderSpec
 from .memory import mebibytes
 from .onnx_header import INT4_MATRICES, INT8_INPUTS, ExternalTensor, Header, Product, read_header
 from .onnx_products import RECORDS_GROUP_SIZES
+from .standard_tensors import sources, standard_bytes
 from .tensor_names import BIAS, INT8_RECORDS, INT8_VALUES, SCALES, VALUES, layer_names
 
 # Of a folder in the cache; another one would hold other files.
-FORMAT = 2
+FORMAT = 3
 _PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
 
@@ -43,50 +45,77 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Derivation:
-    """A portable graph whose data is derived.
+    """A graph whose data is derived.
 
     Attributes:
-        what: for people.
-        records: the graph that it is derived from, a file of the bundle.
+        kind: portable or standard; in the cache, the folder of such ones.
+        part: of the model, for people.
+        own: the part's own graph, a file of the bundle, that the data is derived from.
+        beside: further graphs over the same data, files of the bundle.
     """
 
     bundle: Bundle
-    what: str
-    records: str
-    portable: PortableGraph
+    kind: str
+    part: str
+    own: str
+    derived: DerivedGraph
+    beside: tuple[str, ...] = ()
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        return f"{self.kind} {self.part}"
 
 
 def of_decoder(bundle: Bundle) -> Derivation | None:
-    """That of the decoder; None where there is nothing to derive."""
-    return _derivation(bundle, "decoder", bundle.manifest.decoder)
+    """That of the portable decoder; None where there is nothing to derive."""
+    return _portable(bundle, "decoder", bundle.manifest.decoder)
 
 
 def of_protein_encoder(bundle: Bundle) -> Derivation | None:
-    """That of the protein encoder; None where there is nothing to derive."""
-    return _derivation(bundle, "protein encoder", bundle.manifest.protein_encoder)
+    """That of the portable protein encoder; None where there is nothing to derive."""
+    return _portable(bundle, "protein encoder", bundle.manifest.protein_encoder)
 
 
-def _derivation(bundle: Bundle, what: str, spec: DecoderSpec | ProteinEncoderSpec | None) -> Derivation | None:
-    return None if spec is None or spec.portable is None else Derivation(bundle, what, spec.graph, spec.portable)
+def of_standard(bundle: Bundle) -> list[Derivation]:
+    """Those of the standard graphs that a bundle holds, the decoder first."""
+    manifest = bundle.manifest
+    parts: dict[str, DecoderSpec | ProteinEncoderSpec | MoleculeEncoderSpec | None] = {
+        "decoder": manifest.decoder,
+        "molecule encoder": manifest.molecule_encoder,
+        "protein encoder": manifest.protein_encoder,
+    }
+    return [
+        Derivation(bundle, STANDARD, part, spec.graph, spec.standard)
+        for part, spec in parts.items()
+        if spec is not None and spec.standard is not None
+    ]
+
+
+def _portable(bundle: Bundle, part: str, spec: DecoderSpec | ProteinEncoderSpec | None) -> Derivation | None:
+    if spec is None or spec.portable is None:
+        return None
+    beside = () if spec.cuda is None else (spec.cuda,)
+    return Derivation(bundle, PORTABLE, part, spec.graph, spec.portable, beside)
 
 
 def derived_files(derivation: Derivation) -> tuple[Path, Path]:
-    """Where the portable graph and its data lie once they were derived.
+    """Where the graph and its data lie once they were derived.
 
     Raises:
         PlatformError: there is no place for them; see :func:`cache_folder`.
     """
-    portable = derivation.portable
-    folder = cache_folder() / PORTABLE / f"{derivation.bundle.digest}-{_part(derivation)}-{FORMAT}"
-    return folder / PurePosixPath(portable.graph).name, folder / portable.data
+    derived = derivation.derived
+    folder = cache_folder() / derivation.kind / f"{derivation.bundle.digest}-{_part(derivation)}-{FORMAT}"
+    return folder / PurePosixPath(derived.graph).name, folder / derived.data
 
 
 def _part(derivation: Derivation) -> str:
-    return derivation.what.replace(" ", "_")
+    return derivation.part.replace(" ", "_")
 
 
 def derived_graph(derivation: Derivation, verify: Verify) -> Path:
-    """The portable graph with its data beside it; derived first where they are absent, cut or altered.
+    """The graph with its data beside it; derived first where they are absent, cut or altered.
 
     Args:
         verify: how to look at what is there already; see :meth:`Engine.load`.
@@ -95,12 +124,13 @@ def derived_graph(derivation: Derivation, verify: Verify) -> Path:
         PlatformError: the cache cannot be written, or is too small.
         BundleCorruptError: the bundle does not hold what the graph needs.
     """
-    portable = derivation.portable
+    derived = derivation.derived
     graph, data = derived_files(derivation)
-    listed = next(entry for entry in derivation.bundle.manifest.files if entry.path == portable.graph)
+    listed = {entry.path: entry for entry in derivation.bundle.manifest.files}
+    copied = [listed[name] for name in (derived.graph, *derivation.beside)]
     entries = [
-        FileEntry(graph.name, listed.size, listed.sha256),
-        FileEntry(data.name, portable.data_size, portable.data_sha256),
+        *(FileEntry(PurePosixPath(entry.path).name, entry.size, entry.sha256) for entry in copied),
+        FileEntry(data.name, derived.data_size, derived.data_sha256),
     ]
     try:
         if not holds(graph.parent, entries, verify):
@@ -110,16 +140,21 @@ def derived_graph(derivation: Derivation, verify: Verify) -> Path:
                     _derive(derivation, graph.parent, entries)
     except OSError as error:
         raise PlatformError(
-            f"the portable {derivation.what} cannot be kept in {graph.parent}: {error.strerror or error}.",
+            f"the {derivation.what} cannot be kept in {graph.parent}: {error.strerror or error}.",
             seen=str(graph.parent),
-            remedy=f"Set BIOMEDGPT_EDGE_CACHE to a writable folder with {mebibytes(portable.data_size)} free.",
+            remedy=f"Set BIOMEDGPT_EDGE_CACHE to a writable folder with {mebibytes(derived.data_size)} free.",
         ) from error
     return graph
 
 
+def forget(derivation: Derivation) -> None:
+    """Removes what was derived."""
+    shutil.rmtree(derived_files(derivation)[0].parent, ignore_errors=True)
+
+
 def _derive(derivation: Derivation, folder: Path, entries: list[FileEntry]) -> None:
     """Fills ``folder``, whole or not at all."""
-    bundle, portable = derivation.bundle, derivation.portable
+    bundle, derived = derivation.bundle, derivation.derived
     partial = folder.with_name(f"{folder.name}{_PARTIAL}")
     # Whoever left these behind is gone, since the folder is locked.
     for old in (partial, folder):
@@ -127,13 +162,14 @@ def _derive(derivation: Derivation, folder: Path, entries: list[FileEntry]) -> N
             shutil.rmtree(old)
         old.unlink(missing_ok=True)
     _require_space(derivation, folder.parent)
-    _log.info("deriving the portable %s, %s in %s, once", derivation.what, mebibytes(portable.data_size), folder.parent)
+    _log.info("deriving the %s, %s in %s, once", derivation.what, mebibytes(derived.data_size), folder.parent)
     partial.mkdir(mode=0o700)
     try:
-        graph = np.frombuffer(bundle.file(portable.graph).read_bytes(), np.uint8)
-        parts = portable_data(bundle.file(derivation.records), bundle.file(portable.graph))
-        hashes = [_write(partial / entries[0].path, iter([graph])), _write(partial / portable.data, parts)]
-        for entry, sha256 in zip(entries, hashes, strict=True):
+        graphs = [bundle.file(name) for name in (derived.graph, *derivation.beside)]
+        contents = [iter([np.frombuffer(graph.read_bytes(), np.uint8)]) for graph in graphs]
+        contents.append(derived_data(bundle.file(derivation.own), bundle.file(derived.graph)))
+        for entry, parts in zip(entries, contents, strict=True):
+            sha256 = _write(partial / entry.path, parts)
             _require_same(entry, FileEntry(entry.path, (partial / entry.path).stat().st_size, sha256))
         stamp(partial, entries)
         os.rename(partial, folder)
@@ -176,10 +212,10 @@ def _require_same(expected: FileEntry, derived: FileEntry) -> None:
 
 
 def _require_space(derivation: Derivation, folder: Path) -> None:
-    free, size = shutil.disk_usage(folder).free, derivation.portable.data_size
+    free, size = shutil.disk_usage(folder).free, derivation.derived.data_size
     if free < size:
         raise PlatformError(
-            f"the portable {derivation.what} takes {mebibytes(size)} in {folder}, where {mebibytes(free)} are free.",
+            f"the {derivation.what} takes {mebibytes(size)} in {folder}, where {mebibytes(free)} are free.",
             seen=free,
             limit=size,
             remedy="Free some space ('biomedgpt-edge cache clear'), or set BIOMEDGPT_EDGE_CACHE to another disk.",
@@ -198,31 +234,49 @@ def _write(path: Path, parts: Iterator[Bytes]) -> str:
     return digest.hexdigest()
 
 
-def portable_data(records: Path, portable: Path) -> Iterator[Bytes]:
-    """The bytes of the data of the graph ``portable`` in order, a tensor at a time: one matrix is held at most.
+def derived_data(own: Path, graph: Path) -> Iterator[Bytes]:
+    """The bytes of the data of ``graph`` in order, a tensor at a time: one matrix is held, and what it is made of.
 
     Args:
-        records: the graph in records, its data beside it; both are those of a checked bundle.
+        own: the part's own graph, its data beside it; both are those of a checked bundle.
+        graph: a portable or standard one.
 
     Raises:
         BundleCorruptError: the graph places tensors elsewhere, or needs one that the bundle does not hold.
     """
-    sources = _Sources(records.parent, read_header(records))
-    end = 0
-    for tensor in sorted(read_header(portable).tensors, key=lambda tensor: tensor.offset):
+    stored, header, end = _Sources(own.parent, read_header(own)), read_header(graph), 0
+    for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
         start = -(-end // PAGE) * PAGE
-        data = sources.bytes_of(tensor.name)
+        data = _bytes_of(tensor.name, header.shapes[tensor.name] or (), stored)
         if data is None or (tensor.offset, tensor.length) != (start, len(data)):
             found = "no tensor" if data is None else f"{len(data):,} bytes for offset {start:,}"
             raise BundleCorruptError(
-                f"{portable.name} places {tensor.length} bytes of {tensor.name[:80]!r} at offset {tensor.offset:,}, "
-                f"and {records.name} has {found}.",
+                f"{graph.name} places {tensor.length} bytes of {tensor.name[:80]!r} at offset {tensor.offset:,}, "
+                f"and {own.name} has {found}.",
                 seen=tensor.name[:80],
                 remedy="Export the bundle again.",
             )
         yield np.zeros(start - end, np.uint8)
         yield data
         end = start + len(data)
+
+
+def _bytes_of(name: str, shape: tuple[int, ...], stored: _Sources) -> Bytes | None:
+    """uint8 ``[bytes]``; None where there is no such tensor, and nothing to make it of."""
+    given = stored.bytes_of(name)
+    if given is not None:
+        return given
+    parts = [stored.bytes_of(part) for part in sources(name)]
+    if parts[0] is None:
+        return None
+    try:
+        return standard_bytes(name, shape, parts)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise BundleCorruptError(
+            f"{name[:80]!r} of {shape} cannot be made of what the bundle holds: {error}.",
+            seen=name[:80],
+            remedy="Export the bundle again.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -235,7 +289,7 @@ class _Place:
 
 
 class _Sources:
-    """What the tensors of a portable graph are made of: those of a graph in records, which lie in ``folder``."""
+    """What derived tensors are made of: those of a part's own graph, which lie in ``folder``."""
 
     def __init__(self, folder: Path, header: Header) -> None:
         self._folder = folder

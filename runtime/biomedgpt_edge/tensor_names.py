@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 # Behind the name of a layer: values and scales of MatMulNBits; behind those of one or two, records.
 VALUES, SCALES, RECORDS = ".weight_int4", ".scales", ".records"
+# Of weights whose zero is not the middle of the range; such ones never lie in records.
+ZERO_POINTS = ".zero_points"
 _SEPARATOR = "+"
 # Behind the name of a layer in int8: values of DynamicQuantizeMatMul, whose scales are called as above; what is added
 # to its product; records of all three.

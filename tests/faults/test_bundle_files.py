@@ -30,13 +30,18 @@ from support import bounded_memory
 
 FILES = [
     "POLICY.txt",
+    "decoder-cuda.onnx",
     "decoder-portable.onnx",
+    "decoder-standard.onnx",
     "decoder.data",
     "decoder.onnx",
     "embeddings.safetensors",
+    "molecule_encoder-standard.onnx",
     "molecule_encoder.data",
     "molecule_encoder.onnx",
     "projections.safetensors",
+    "protein_encoder-cuda.onnx",
+    "protein_encoder-standard.onnx",
     "protein_encoder.data",
     "protein_encoder.onnx",
     "tokenizer.model",
@@ -556,8 +561,9 @@ def test_a_decoder_graph_that_contradicts_the_manifest_is_refused(
 def test_a_bundle_of_another_precision_opens_alike(tiny_bundles: Callable[[str], Path]) -> None:
     opened = {precision: Bundle.open(tiny_bundles(precision)) for precision in ("fp32", "fp16")}
     assert [str(opened[p].embeddings.rows.dtype) for p in ("fp32", "fp16")] == ["float32", "float16"]
-    manifests = [dataclasses.asdict(bundle.manifest.decoder) for bundle in opened.values()]
-    assert manifests[0] == manifests[1]
+    decoders = [bundle.manifest.decoder for bundle in opened.values()]
+    assert decoders[0].cuda is decoders[0].standard is None, "GPUs compute in 16 bits"
+    assert decoders[0] == dataclasses.replace(decoders[1], cuda=None, standard=None)
 
 
 def test_two_copies_of_a_bundle_keep_a_stamp_each(

@@ -24,6 +24,7 @@ from biomedgpt_edge.encoders import Encoders
 from biomedgpt_edge.engine import Engine
 from biomedgpt_edge.errors import BundleCorruptError, BundleError, UnsafePathError
 from biomedgpt_edge.onnx_header import (
+    CUDA_OPERATORS,
     DECODER_RECORDS_OPERATORS,
     INT4_MATRICES,
     INT8_INPUTS,
@@ -31,6 +32,7 @@ from biomedgpt_edge.onnx_header import (
     MAX_REFERENCES,
     OPERATORS,
     PROTEIN_RECORDS_OPERATORS,
+    STANDARD_OPERATORS,
     ExternalTensor,
     read_header,
 )
@@ -774,11 +776,14 @@ def test_every_operator_that_bundles_may_use_is_used_by_one(
     export_bundle(ExportOptions(layout, tmp_path / "int8", "fp16", protein_encoder="int8", proof="none"), print)
     bundles = tiny_bundles("fp32"), tiny_bundles("int4"), tmp_path / "int8", records_int8
 
-    def used(pattern: str) -> set[tuple[str, str]]:
+    def used(pattern: str, of: str = "") -> set[tuple[str, str]]:
         graphs = (graph for bundle in bundles for graph in bundle.glob(pattern))
-        return {operator for graph in graphs for operator in read_header(graph).operators}
+        chosen = (graph for graph in graphs if graph.stem.partition("-")[2] in (of, *([] if of else ["portable"])))
+        return {operator for graph in chosen for operator in read_header(graph).operators}
 
     assert used("*.onnx") == OPERATORS | DECODER_RECORDS_OPERATORS | PROTEIN_RECORDS_OPERATORS
+    assert used("*.onnx", "standard") == STANDARD_OPERATORS
+    assert used("*.onnx", "cuda") - OPERATORS == CUDA_OPERATORS - OPERATORS
     assert used("decoder*.onnx") - OPERATORS == DECODER_RECORDS_OPERATORS
     assert used("protein_encoder*.onnx") - OPERATORS == PROTEIN_RECORDS_OPERATORS
 

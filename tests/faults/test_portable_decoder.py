@@ -35,6 +35,7 @@ from biomedgpt_export.options import ExportOptions
 from support import bounded_memory
 
 DATA = "decoder-portable.data"
+CUDA_DECODER = "decoder-cuda.onnx"
 
 
 def silent(line: str) -> None:
@@ -106,7 +107,7 @@ def test_one_matrix_is_in_memory_at_a_time() -> None:
     bundle = Bundle.open(DEMO_BUNDLE)
     graph, portable = bundle.file("decoder.onnx"), bundle.file(PORTABLE_DECODER)
     with bounded_memory(600_000):
-        total = sum(map(len, module.portable_data(graph, portable)))
+        total = sum(map(len, module.derived_data(graph, portable)))
     assert total > 3_000_000
 
 
@@ -129,7 +130,7 @@ def test_it_lies_in_a_private_folder_named_after_the_bundle(tiny_bundle: Path, c
     graph = derive(tiny_bundle)
     assert graph.parent == cache / "portable" / f"{Bundle.open(tiny_bundle).digest}-decoder-{module.FORMAT}"
     assert {path.stat().st_mode & 0o777 for path in (graph.parent, graph.parent.parent)} == {0o700}
-    assert {path.name for path in graph.parent.iterdir()} == {PORTABLE_DECODER, DATA, "stamp.json"}
+    assert {path.name for path in graph.parent.iterdir()} == {PORTABLE_DECODER, CUDA_DECODER, DATA, "stamp.json"}
 
 
 def test_a_cache_behind_a_link_is_no_hindrance(tiny_bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -203,11 +204,11 @@ def test_hashes_are_compared_again_where_a_file_was_touched_or_that_is_asked_for
         derive(tiny_bundle, verify)
     assert hashed == []
     derive(tiny_bundle, "full")
-    assert hashed == [PORTABLE_DECODER, DATA]
+    assert hashed == [PORTABLE_DECODER, CUDA_DECODER, DATA]
     os.utime(graph)
     for _ in range(2):
         derive(tiny_bundle)
-    assert hashed == [PORTABLE_DECODER, DATA] * 2
+    assert hashed == [PORTABLE_DECODER, CUDA_DECODER, DATA] * 2
     assert len(derivations) == 1
 
 
@@ -296,7 +297,7 @@ def test_what_is_interrupted_leaves_nothing(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "portable_data", parts)
+        patch.setattr(module, "derived_data", parts)
         with pytest.raises((PlatformError, KeyboardInterrupt), match=r"No space left|^$"):
             derive(tiny_bundle)
     assert left_in(cache) == []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from biomedgpt_edge.available_memory import available_memory
 from biomedgpt_export import exporter
 from biomedgpt_export.calibration import CALIBRATION, PROOF, Questions, read_examples
 from biomedgpt_export.cli import main
@@ -23,7 +24,6 @@ from biomedgpt_export.exporter import estimate_bundle, export_bundle
 from biomedgpt_export.families.base import Configs
 from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.graphs.config import EsmConfig, GinConfig, LlamaConfig
-from biomedgpt_export.memory import available_memory
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.streamed_model import DECODER_PART, PROTEIN_PART
 

@@ -24,6 +24,9 @@ CONTRIB_OPSET = 1
 _OPSETS, _FURTHER_OPSETS = {"": OPSET, CONTRIB: CONTRIB_OPSET}, {INT4_DOMAIN: INT4_OPSET}
 # Opset 20 needs IR version 9; newer IR versions shut out older runtimes for nothing.
 IR_VERSION = 9
+# Of graphs without any other domain: the first opset with TensorScatter, and the first IR version that all engines
+# take with it.
+STANDARD_OPSET, STANDARD_IR_VERSION = 24, 11
 
 # Tensors below this stay inside the graph file, which shape inference can then see.
 INLINE_BYTES = 1024
@@ -36,11 +39,13 @@ class GraphBuilder:
 
     Args:
         on_pages: whether tensors in that file start on pages also where a cache line would do.
+        standard: whether it has operators of ONNX alone.
     """
 
-    def __init__(self, path: Path, *, on_pages: bool = False) -> None:
+    def __init__(self, path: Path, *, on_pages: bool = False, standard: bool = False) -> None:
         self.path = path
         self._on_pages = on_pages
+        self._standard = standard
         self._data_name = f"{path.stem}.data"
         self._data = (path.parent / self._data_name).open("xb")
         self._nodes: list[onnx.NodeProto] = []
@@ -84,18 +89,30 @@ class GraphBuilder:
         del node.output[:]
         node.output.extend(outputs)
 
-    def tensor(self, name: str, array: npt.NDArray[Any], *, mapped: bool = False) -> str:
+    def tensor(
+        self,
+        name: str,
+        array: npt.NDArray[Any],
+        *,
+        mapped: bool = False,
+        inline: bool = False,
+        kind: int | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> str:
         """Adds a weight or constant; equal names mean equal tensors and are stored once.
 
         Args:
             mapped: whether it must lie outside the graph file and start on a page, however small it is.
+            inline: whether it must lie inside.
+            kind, shape: its element type and dimensions, where ``array`` holds packed bytes.
         """
         if name in self._names:
             return name
         self._names.add(name)
         array = np.ascontiguousarray(array)
-        proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        if array.nbytes < INLINE_BYTES and not mapped:
+        element = helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind
+        proto = TensorProto(name=name, data_type=element, dims=array.shape if shape is None else shape)
+        if inline or (array.nbytes < INLINE_BYTES and not mapped):
             proto.raw_data = array.tobytes()
         else:
             on_page = mapped or self._on_pages or array.nbytes >= 16 * PAGE
@@ -108,10 +125,12 @@ class GraphBuilder:
         self._data.close()
         used = {node.domain for node in self._nodes}
         opsets = _OPSETS | {domain: version for domain, version in _FURTHER_OPSETS.items() if domain in used}
+        if self._standard:
+            opsets = {"": STANDARD_OPSET}
         graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, self._initializers)
         model = helper.make_model(
             graph,
-            ir_version=IR_VERSION,
+            ir_version=STANDARD_IR_VERSION if self._standard else IR_VERSION,
             producer_name="biomedgpt-export",
             opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
         )

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from biomedgpt_edge.tensor_names import BIAS, INT8_VALUES, SCALES, VALUES
+from biomedgpt_edge.tensor_names import BIAS, INT8_VALUES, SCALES, VALUES, ZERO_POINTS
 
 from ..quantize.int4 import Int4Weight, WeightQuantizer
 from ..quantize.int8 import QMAX_PRODUCT, nearest_int8
@@ -124,7 +124,7 @@ def add_int4_product(
     packed = graph.tensor(f"{name}{VALUES}", quantized.packed.numpy())
     inputs = [source, packed, _scales_in_groups(graph, name, quantized)]
     if quantized.zero_points is not None:
-        inputs.append(graph.tensor(f"{name}.zero_points", quantized.zero_points.flatten().numpy()))
+        inputs.append(graph.tensor(name + ZERO_POINTS, quantized.zero_points.flatten().numpy()))
     return _product_in_groups(graph, name, quantized, inputs, activations)
 
 

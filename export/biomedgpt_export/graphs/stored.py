@@ -108,6 +108,10 @@ class StoredWeights:
         mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
         return mapped
 
+    def lies_inside(self, name: str) -> bool:
+        """Whether the tensor ``name`` lies in the graph file itself."""
+        return bool(self._tensors[name].data_location != onnx.TensorProto.EXTERNAL)
+
     def _unpacked(self, place: _Place) -> Int4Weight:
         return unpacked(self.array(place.records)[place.turn :: len(layer_names(place.records))], place.N, place.K)
 

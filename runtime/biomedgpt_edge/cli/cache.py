@@ -12,6 +12,8 @@ _MEANING = {
     "verified": "bundles whose hashes were checked",
     "prefixes": "keys and values of prompt templates",
     "portable": "portable decoders and protein encoders of bundles in records",
+    "standard": "what TensorRT builds engines of, while it does",
+    "engines": "engines that TensorRT built",
     "soft_tokens": "molecules and proteins, with --keep-soft-tokens",
 }
 

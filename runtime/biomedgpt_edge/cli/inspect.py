@@ -9,7 +9,7 @@ from ..bundle import Bundle
 from ..decoder.graph import choose
 from ..engine import DEMO_BUNDLE
 from ..errors import PlatformError
-from ..manifest import Manifest, PortableGraph
+from ..manifest import DerivedGraph, Manifest
 from .output import policy_lines, printable
 
 
@@ -57,7 +57,7 @@ def _lines(bundle: Bundle) -> list[str]:
     return lines
 
 
-def _portable(portable: PortableGraph | None) -> str:
+def _portable(portable: DerivedGraph | None) -> str:
     if portable is None:
         return ""
     return f", and {portable.graph}, whose {_size(portable.data_size)} are derived where it is used"

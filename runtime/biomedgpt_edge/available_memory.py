@@ -1,4 +1,4 @@
-"""How much memory an export may still take on this machine."""
+"""How much memory a long job may still take on this machine."""
 
 from __future__ import annotations
 
