@@ -22,7 +22,13 @@ from typing import Any
 
 from biomedgpt_edge import Engine, Molecule
 from biomedgpt_edge.bench.counters import Memory
-from biomedgpt_edge.bench.stages import MOLECULE_QUESTION, PROTEIN_QUESTION, drop_from_page_cache, protein_maker
+from biomedgpt_edge.bench.stages import (
+    MOLECULE_QUESTION,
+    PROTEIN_QUESTION,
+    LoadOptions,
+    drop_from_page_cache,
+    protein_maker,
+)
 from biomedgpt_edge.decoder.kv_cache import KV_ELEMENTS
 from biomedgpt_edge.prompt import Input
 
@@ -43,7 +49,7 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     """One answer, in this process: seconds and bytes."""
     memory = Memory()
     question, item = asked(case)
-    drop_from_page_cache(options.bundle, "auto")
+    drop_from_page_cache(options.bundle, LoadOptions(decoder="auto", kv_cache=None, device="cpu"))
     started = time.perf_counter()
     with Engine.load(
         options.bundle, threads=options.threads, kv_cache=options.kv_cache, low_memory=case == "protein", verify="sizes"

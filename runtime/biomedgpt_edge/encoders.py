@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from .bundle import Bundle
 from .decoder.graph import Choice, choose, protein_encoder_graph
@@ -14,16 +15,21 @@ from .device_cache import Verify
 from .errors import MissingModalityError
 from .inputs import Molecule, Protein
 from .int4_ops import register_int4_ops
-from .manifest import RECORDS
+from .manifest import RECORDS, MoleculeEncoderSpec, ProteinEncoderSpec
 from .molecule_graph import BOND_DIRECTIONS, BOND_TYPES, dense
-from .ort_session import open_session, running
+from .ort_session import Signature, identity, open_session, running
 from .protein_tokens import residue_ids
 
 Features = npt.NDArray[np.float32]
+# Graph inputs by name -> features, float32 [soft tokens, encoder width].
+Run = Callable[[Mapping[str, npt.NDArray[Any]]], Features]
 
 
 class Encoders:
-    """Both encoders of a bundle.
+    """Both encoders of a bundle, on ONNX Runtime's CPU provider.
+
+    Attributes:
+        identity: what the bits of features depend on beside the bundle and the processor.
 
     Args:
         choice: which graphs are used; left out, the bundle's, or what is derived from them where these cannot be.
@@ -36,8 +42,10 @@ class Encoders:
         self._choice = choice
         self._verify: Verify = verify
         self._lock = threading.Lock()
-        self._molecule: ort.InferenceSession | None = None
-        self._protein: ort.InferenceSession | None = None
+        self._molecule: Run | None = None
+        self._protein: Run | None = None
+        derived = choice is not None and choice.derived
+        self.identity = f"{identity(threads)}, derived: {derived}"
 
     def check(self, item: Molecule | Protein) -> None:
         """Raises:
@@ -70,56 +78,73 @@ class Encoders:
 
     def _encode_molecule(self, molecule: Molecule) -> Features:
         graph = dense(molecule.graph)
-        feeds = {
+        feeds: dict[str, npt.NDArray[Any]] = {
             "atom_type": graph.atom_type,
             "chirality": graph.chirality,
             "adjacency": graph.adjacency,
             "edge_counts": graph.edge_counts,
         }
-        session = self._molecule_session()
-        with running("the molecule encoder"):
-            (features,) = session.run(["atom_features"], feeds)
-        return np.ascontiguousarray(features)
+        with self._lock:
+            run = self._molecule = self._molecule or self._open_molecule()
+        return run(feeds)
 
     def _encode_protein(self, protein: Protein) -> Features:
-        feeds = {"residue_ids": residue_ids(protein.sequence)[np.newaxis]}
-        session = self._protein_session()
-        with running("the protein encoder"):
-            (features,) = session.run(["residue_features"], feeds)
-        return np.ascontiguousarray(features[0])
+        with self._lock:
+            run = self._protein = self._protein or self._open_protein()
+        return run({"residue_ids": residue_ids(protein.sequence)[np.newaxis]})
 
-    def _molecule_session(self) -> ort.InferenceSession:
+    def _open_molecule(self) -> Run:
         spec = self._bundle.manifest.molecule_encoder
-        with self._lock:
-            if self._molecule is None and spec is not None:
-                self._molecule = open_session(
-                    self._bundle.file(spec.graph),
-                    threads=self._threads,
-                    spinning=False,  # the projection comes next, with threads of its own
-                    inputs={
-                        "atom_type": ("tensor(int64)", [None]),
-                        "chirality": ("tensor(int64)", [None]),
-                        "adjacency": ("tensor(float)", [None, None]),
-                        "edge_counts": ("tensor(float)", [None, BOND_TYPES + BOND_DIRECTIONS]),
-                    },
-                    outputs={"atom_features": ("tensor(float)", [None, spec.width])},
-                )
-            return self._molecule
+        if spec is None:
+            raise TypeError("a molecule passed the check of a bundle without an encoder for them")
+        inputs, outputs = molecule_signature(spec)
+        session = open_session(
+            self._bundle.file(spec.graph),
+            threads=self._threads,
+            spinning=False,  # the projection comes next, with threads of its own
+            inputs=inputs,
+            outputs=outputs,
+        )
+        return lambda feeds: _run(session, "the molecule encoder", "atom_features", feeds)
 
-    def _protein_session(self) -> ort.InferenceSession:
+    def _open_protein(self) -> Run:
         spec = self._bundle.manifest.protein_encoder
-        with self._lock:
-            if self._protein is None and spec is not None:
-                self._choice = choose(self._bundle) if self._choice is None else self._choice
-                # Looked at each time: another process may have cleared the cache since the encoder was released.
-                graph = protein_encoder_graph(self._bundle, spec, self._choice, self._verify)
-                self._verify = "once" if self._verify == "full" else self._verify
-                self._protein = open_session(
-                    graph.path,
-                    threads=self._threads,
-                    spinning=False,  # the projection comes next, with threads of its own
-                    inputs={"residue_ids": ("tensor(int64)", [1, None])},
-                    outputs={"residue_features": ("tensor(float)", [1, None, spec.width])},
-                    register=register_int4_ops if graph.layout == RECORDS else None,
-                )
-            return self._protein
+        if spec is None:
+            raise TypeError("a protein passed the check of a bundle without an encoder for them")
+        self._choice = choose(self._bundle) if self._choice is None else self._choice
+        # Looked at each time: another process may have cleared the cache since the encoder was released.
+        graph = protein_encoder_graph(self._bundle, spec, self._choice, self._verify)
+        self._verify = "once" if self._verify == "full" else self._verify
+        inputs, outputs = protein_signature(spec)
+        session = open_session(
+            graph.path,
+            threads=self._threads,
+            spinning=False,  # the projection comes next, with threads of its own
+            inputs=inputs,
+            outputs=outputs,
+            register=register_int4_ops if graph.layout == RECORDS else None,
+        )
+        return lambda feeds: _run(session, "the protein encoder", "residue_features", feeds)[0]
+
+
+def molecule_signature(spec: MoleculeEncoderSpec) -> tuple[Signature, Signature]:
+    """Inputs and outputs of a molecule encoder's graph."""
+    inputs: Signature = {
+        "atom_type": ("tensor(int64)", [None]),
+        "chirality": ("tensor(int64)", [None]),
+        "adjacency": ("tensor(float)", [None, None]),
+        "edge_counts": ("tensor(float)", [None, BOND_TYPES + BOND_DIRECTIONS]),
+    }
+    return inputs, {"atom_features": ("tensor(float)", [None, spec.width])}
+
+
+def protein_signature(spec: ProteinEncoderSpec) -> tuple[Signature, Signature]:
+    """The same of a protein encoder's."""
+    inputs: Signature = {"residue_ids": ("tensor(int64)", [1, None])}
+    return inputs, {"residue_features": ("tensor(float)", [1, None, spec.width])}
+
+
+def _run(session: Any, what: str, output: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Features:
+    with running(what):
+        (features,) = session.run([output], dict(feeds))
+    return np.ascontiguousarray(features)

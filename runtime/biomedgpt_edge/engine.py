@@ -18,17 +18,16 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .decoder.base import Decoder, Logits
-from .decoder.graph import Choice, Wanted, choose, decoder_graph
+from .decoder.graph import Wanted, choose
 from .decoder.kv_cache import KvElement, kv_layout
-from .decoder.onnx import OnnxDecoder
 from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
+from .devices import DeviceName, load_cpu, load_gpu, require_options
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
 from .generate import AnswerText, Finish, Generation, Opening, Timings, generate, prefill
 from .inputs import Molecule, Protein
 from .kv_reuse import Conversation, Positions, TemplatePrefixes
 from .memory import context_within, parse_size
-from .ort_session import identity
 from .prompt import Input, MoleculeSegment, Prompt, ProteinSegment, Segment, TokenSegment, Turn, build_prompt
 from .sampling import GenerationOptions, OptionArguments
 from .soft_tokens import CACHE_BYTES, SoftTokenCache
@@ -175,8 +174,7 @@ class Engine:
         decoder: Decoder,
         *,
         threads: int,
-        choice: Choice | None = None,
-        verify: Verify = "once",
+        encoders: Encoders | None = None,
         allow_16bit: bool | None = None,
         prefix_folder: ArrayFolder | None = None,
         soft_token_folder: ArrayFolder | None = None,
@@ -188,9 +186,8 @@ class Engine:
         self._allow_16bit = bundle.manifest.precision != "fp32" if allow_16bit is None else allow_16bit
         self._prefixes: TemplatePrefixes | None = TemplatePrefixes(decoder, bundle, prefix_folder)
         self._prefix_folder = prefix_folder
-        self._encoders = Encoders(bundle, threads=threads, choice=choice, verify=verify)
-        derived = choice is not None and choice.derived
-        bits = f"{bundle.digest}, {identity(threads)}, 16 bits: {self._allow_16bit}, derived: {derived}"
+        self._encoders = Encoders(bundle, threads=threads) if encoders is None else encoders
+        bits = f"{bundle.digest}, {self._encoders.identity}, 16 bits: {self._allow_16bit}, {threads} threads"
         self._soft_tokens = SoftTokenCache(CACHE_BYTES, folder=soft_token_folder, identity=bits)
         self._threads = threads
         self._low_memory = low_memory
@@ -202,6 +199,7 @@ class Engine:
         cls,
         path: str | Path | None = None,
         *,
+        device: DeviceName = "cpu",
         threads: int | None = None,
         verify: Verify = "once",
         decoder: Wanted = "auto",
@@ -216,6 +214,9 @@ class Engine:
 
         Args:
             path: the bundle's folder; left out, the packaged demo bundle.
+            device: "cpu"; "cuda", ONNX Runtime on the first NVIDIA GPU; or "tensorrt", engines that were built for that
+                GPU with 'biomedgpt-edge engines build', or are built now. Nothing falls back to another one. On a GPU,
+                activations and KV cache have 16 bits, and ``decoder``, ``kv_cache`` and ``memory_limit`` do not apply.
             threads: processor threads to use; left out, as many as this process may run on.
             verify: "once" hashes every file the first time and again when one was replaced, "full" always, "sizes"
                 never (manifest, sizes and headers are checked in any case).
@@ -241,8 +242,8 @@ class Engine:
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
             OptionError: ``threads``, ``verify`` or ``memory_limit`` is out of range, or the bundle has no such
-                ``decoder``, or that no such ``kv_cache``.
-            PlatformError: the decoder cannot be used here, or not be derived.
+                ``decoder``, or that no such ``kv_cache``, or nothing for this ``device``.
+            PlatformError: the decoder cannot be used here, or not be derived; or the device misses something: named.
             MemoryLimitError: ``memory_limit`` holds no model and answer.
         """
         count = available_threads() if threads is None else threads
@@ -252,14 +253,21 @@ class Engine:
             raise OptionError(f"verify is {verify!r}.", remedy="Give 'once', 'full' or 'sizes'.")
         limit = None if memory_limit is None else parse_size(memory_limit)
         bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
-        choice = choose(bundle, decoder)
-        kv = kv_layout(bundle.manifest.decoder, choice.layout, kv_cache)
-        context = None if limit is None else context_within(bundle, limit, kv, low_memory=low_memory)
+        require_options(device, decoder=decoder, kv_cache=kv_cache, memory_limit=memory_limit)
+        choice = choose(bundle, decoder) if device == "cpu" else None
+        context = None
+        if limit is not None and choice is not None:
+            kv = kv_layout(bundle.manifest.decoder, choice.layout, kv_cache)
+            context = context_within(bundle, limit, kv, low_memory=low_memory)
         if verify == "full":
             bundle.verify()
         elif verify == "once":
             verify_once(bundle)
-        loaded = OnnxDecoder(bundle, threads=count, graph=decoder_graph(bundle, choice, verify), kv_cache=kv_cache)
+        if choice is not None:
+            used = load_cpu(bundle, threads=count, choice=choice, verify=verify, kv_cache=kv_cache)
+        else:
+            used = load_gpu(bundle, device, threads=count, verify=verify)
+        loaded = used.decoder
         if prefault:
             with loaded.open(1) as state:
                 state.step(bundle.tokenizer.bos_id)
@@ -267,13 +275,12 @@ class Engine:
             bundle,
             loaded,
             threads=count,
-            choice=choice,
-            verify=verify,
+            encoders=used.encoders,
             allow_16bit=allow_16bit,
             prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),
             soft_token_folder=ArrayFolder(SOFT_TOKENS, _SOFT_TOKEN_FOLDER_BYTES) if keep_soft_tokens else None,
             low_memory=low_memory,
-            context=context,
+            context=used.context if context is None else context,
         )
 
     def ask(self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]) -> Answer:

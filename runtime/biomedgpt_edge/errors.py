@@ -147,3 +147,9 @@ class PlatformError(BioMedGPTError):
 
     code = "platform"
     exit_code = 5
+
+
+class UnsupportedGraphError(PlatformError):
+    """An engine does not know something that a graph has."""
+
+    code = "platform.graph"

@@ -27,6 +27,8 @@ _REMEDY = "Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onn
 
 _MEMORY_MARKS = ("Failed to allocate memory", "bad_alloc", "BFCArena", "out of memory")
 
+CPU: tuple[str, Mapping[str, str]] = ("CPUExecutionProvider", {})
+
 # name -> element type and dimensions; None stands for a dimension that varies.
 Signature = Mapping[str, tuple[str, Sequence[int | None]]]
 
@@ -68,8 +70,11 @@ def open_session(
     outputs: Signature,
     spinning: bool = True,
     register: Callable[[ort.SessionOptions], None] | None = None,
+    provider: tuple[str, Mapping[str, str]] = CPU,
 ) -> ort.InferenceSession:
-    """Opens the graph at ``path`` on the CPU and compares its signature with what the manifest implies.
+    """Opens the graph at ``path`` on the CPU, or by another ``provider`` alone.
+
+    Its signature is compared with what the manifest implies.
 
     After a run, a session's threads keep their processors busy for a while, waiting for the next one: good for tokens
     that follow one another. Without ``spinning`` they sleep at once and leave the processors to whoever is next.
@@ -89,9 +94,11 @@ def open_session(
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if register is not None:
         register(options)
+    if provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         # There is nothing to fall back to, and trying prints to the terminal.
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except (*SESSION_ERRORS, RuntimeError, MemoryError, UnicodeDecodeError) as error:
         # UnicodeDecodeError comes from a message that quotes a damaged name.
         raise _failure(f"load {path.name}", error) from error

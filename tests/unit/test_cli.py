@@ -92,7 +92,7 @@ def test_the_cache_is_shown_and_cleared_and_nothing_else_is(
     run(capsys, "ask", "--bundle", bundle, "--molecule", ASPIRIN, "--keep-soft-tokens", "--low-memory", *SHORT, "Hello")
     held = json.loads(run(capsys, "cache", "info", "--json")[1])["holds"]
     files = {one["name"]: one["files"] for one in held}
-    assert files == {"verified": 1, "prefixes": 1, "soft_tokens": 1, "portable": 0}
+    assert files == {"verified": 1, "prefixes": 1, "soft_tokens": 1, "portable": 0, "standard": 0, "engines": 0}
     code, out, _ = run(capsys, "cache", "clear")
     assert code == 0
     assert "cleared" in out
@@ -174,9 +174,11 @@ def test_doctor_reports_the_machine_and_the_bundle(capsys: pytest.CaptureFixture
     report = json.loads(out)
     assert code == 0
     assert report["ok"]
-    assert {"processor", "onnxruntime", "cuda", "bundle"} <= {finding["what"] for finding in report["findings"]}
+    assert {"processor", "onnxruntime", "GPU", "CUDA provider", "TensorRT", "bundle"} <= {
+        finding["what"] for finding in report["findings"]
+    }
     lines = run(capsys, "doctor", "--bundle", bundle)[1].splitlines()
-    assert all(line[23] == " " for line in lines), "columns that touch each other"
+    assert all(line[25] == " " for line in lines), "columns that touch each other"
     assert run(capsys, "doctor", "--bundle", "nowhere")[0] == 5
 
 

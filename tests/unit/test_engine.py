@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomedgpt_edge import Engine, Molecule, Piece, Protein
+from biomedgpt_edge import Engine, Molecule, Piece, Protein, encoders
 from biomedgpt_edge.decoder.kv_cache import KvLayout
 from biomedgpt_edge.decoder.onnx import OnnxDecoder, OnnxState, _allocate
 from biomedgpt_edge.errors import (
@@ -325,6 +325,7 @@ def test_too_little_memory_is_not_called_a_corrupt_bundle(engine: Engine, monkey
         def run(self, *arguments: object) -> None:
             raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer")
 
-    monkeypatch.setattr(engine._encoders, "_molecule_session", Arena)
+    engine._encoders.release()
+    monkeypatch.setattr(encoders, "open_session", lambda *_, **__: Arena())
     with pytest.raises(PlatformError, match="too little memory to run the molecule encoder"):
         engine.prepare("Hello", Molecule.from_smiles("CCCCCCCCCCF"))

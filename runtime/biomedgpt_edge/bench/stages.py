@@ -17,6 +17,7 @@ from ..bundle import Bundle
 from ..decoder.base import Embeddings
 from ..decoder.graph import Wanted, choose
 from ..decoder.kv_cache import KvElement
+from ..devices import DeviceName
 from ..engine import DEMO_BUNDLE, Engine
 from ..inputs import Molecule, Protein
 from ..portable import derived_files, of_decoder, of_protein_encoder
@@ -95,6 +96,7 @@ class LoadOptions(TypedDict):
 
     decoder: Wanted
     kv_cache: KvElement | None
+    device: DeviceName
 
 
 @dataclass
@@ -118,7 +120,7 @@ class LoadStage:
 
     def run(self, turn: int, look: Look) -> Samples:
         if self.cold:
-            drop_from_page_cache(self.path, self.options["decoder"])
+            drop_from_page_cache(self.path, self.options)
         read_before = bytes_read_from_storage()
         started = time.perf_counter()
         with Engine.load(self.path, threads=self.threads, **self.options) as engine:
@@ -348,19 +350,21 @@ def text_embeddings(bundle: Bundle, group: str, positions: int, turn: int) -> Em
     return embeddings
 
 
-def drop_from_page_cache(path: Path | None, decoder: Wanted) -> None:
-    """Asks the system to forget the pages of a bundle's files and of what ``decoder`` derives from them.
+def drop_from_page_cache(path: Path | None, options: LoadOptions) -> None:
+    """Asks the system to forget the pages of a bundle's files and of what is derived from them with these options.
 
     That needs no privilege but that nobody maps them.
 
     Raises:
-        NotMeasured: this system has no such call.
+        NotMeasured: this system has no such call, or what is derived for the device is not known here.
     """
+    if options["device"] != "cpu":
+        raise NotMeasured("what a GPU loads is not dropped from the page cache")
     if not hasattr(os, "posix_fadvise"):
         raise NotMeasured("this system has no posix_fadvise to drop files from the page cache with")
     bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
     files = [bundle.path / entry.path for entry in bundle.manifest.files]
-    if choose(bundle, decoder).derived:
+    if choose(bundle, options["decoder"]).derived:
         derivations = filter(None, (of_decoder(bundle), of_protein_encoder(bundle)))
         # The encoder's are there once a protein was read.
         files += [path for one in derivations for path in derived_files(one) if path.exists()]

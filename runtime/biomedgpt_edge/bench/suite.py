@@ -10,6 +10,7 @@ from typing import Any
 
 from ..decoder.graph import Wanted, choose
 from ..decoder.kv_cache import KvElement
+from ..devices import DeviceName
 from ..engine import Engine, available_threads
 from ..errors import MissingModalityError, OptionError, PromptTooLongError
 from .counters import Memory, Processors
@@ -29,7 +30,7 @@ from .statistics import (
 from .work import bound_in_turn
 
 SCHEMA = "biomedgpt-edge/bench"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DEFAULT_ROUNDS = 5
 MAX_ROUNDS = 1000
 # Threads that a stage leaves spinning go to sleep meanwhile, so that the next one, or a probe, has the processors.
@@ -47,7 +48,8 @@ class Plan:
         threads: of the engine and of the probes; None for all that this process may use.
         rounds: how often each stage is timed, after one that only warms up.
         groups: of ``GROUPS``.
-        decoder, kv_cache: as for :meth:`Engine.load`.
+        decoder, kv_cache, device: as for :meth:`Engine.load`. Limits are those of the processor and its memory, so that
+            nothing is compared with them on another device.
 
     Raises:
         OptionError: a value outside its range.
@@ -59,6 +61,7 @@ class Plan:
     groups: tuple[str, ...] = GROUPS
     decoder: Wanted = "auto"
     kv_cache: KvElement | None = None
+    device: DeviceName = "cpu"
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= MAX_ROUNDS:
@@ -115,7 +118,8 @@ class Suite:
         plan = self._plan
         machine = describe(self._threads)
         with self._engine() as engine:  # a bundle that is broken is refused at once
-            model = describe_model(engine.bundle, choose(engine.bundle, plan.decoder).layout, engine.decoder.kv.element)
+            layout = choose(engine.bundle, plan.decoder).layout if plan.device == "cpu" else plan.device
+            model = describe_model(engine.bundle, layout, engine.decoder.kv.element)
         del engine
         found = find_meter()
         meter = None if isinstance(found, str) else found
@@ -143,11 +147,12 @@ class Suite:
         return Engine.load(self._plan.bundle, threads=self._threads, **self._options())
 
     def _options(self) -> LoadOptions:
-        return LoadOptions(decoder=self._plan.decoder, kv_cache=self._plan.kv_cache)
+        return LoadOptions(decoder=self._plan.decoder, kv_cache=self._plan.kv_cache, device=self._plan.device)
 
     def _method(self) -> dict[str, Any]:
         return {
             "threads": self._threads,
+            "device": self._plan.device,
             "rounds": self._plan.rounds,
             "warm_up_rounds": 1,
             "stages": list(self._plan.groups),
@@ -201,7 +206,8 @@ class Suite:
             },
             "limits": {"bandwidth": bandwidth, "arithmetic": arithmetic},
             "stages": [
-                _stage_figures(record, counted, max(bandwidth.values()), arithmetic) for record in self._records
+                _stage_figures(record, counted, max(bandwidth.values()), arithmetic, self._plan.device)
+                for record in self._records
             ],
         }
 
@@ -225,6 +231,7 @@ def _stage_figures(
     counted: dict[str, tuple[tuple[int, ...], bool]],
     bandwidth: float,
     arithmetic: dict[str, float],
+    device: DeviceName,
 ) -> dict[str, Any]:
     stage = record.stage
     turns = counted["load" if stage.group == "load" else "serve"][0]
@@ -232,7 +239,7 @@ def _stage_figures(
     if record.reason:
         return {**figures, "measured": False, "reason": record.reason}
     works = stage.works()
-    least = bound_in_turn(works, bandwidth, arithmetic)
+    least = bound_in_turn(works, bandwidth, arithmetic) if device == "cpu" else None
     metrics = []
     for name, samples in record.samples.items():
         summary = summarize([value for turn, values in samples if turn in turns for value in values])

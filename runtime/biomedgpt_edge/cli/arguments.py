@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..decoder.graph import WANTED
 from ..decoder.kv_cache import KV_ELEMENTS
+from ..devices import DEVICES
 from ..engine import Engine
 from ..errors import InputFileError
 from ..inputs import Molecule, Protein
@@ -19,6 +20,13 @@ _PROTEIN_FILES = (".fasta", ".fa", ".faa", ".fas", ".seq", ".txt")
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="B", help="bundle folder (default: the packaged demo model)")
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="cuda: ONNX Runtime on the first NVIDIA GPU; tensorrt: engines built for it ('engines build'), or built "
+        "now (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
     parser.add_argument(
         "--decoder",
@@ -54,6 +62,7 @@ def load_engine(options: argparse.Namespace) -> Engine:
     """The engine that the options of :func:`add_engine` ask for."""
     return Engine.load(
         options.bundle,
+        device=options.device,
         threads=options.threads,
         decoder=options.decoder,
         kv_cache=options.kv_cache,

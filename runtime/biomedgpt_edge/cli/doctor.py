@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]}))
     else:
         for finding in findings:
-            line = f"{'ok' if finding.ok else 'NOT OK':<8}{finding.what:<16}{finding.found}"
+            line = f"{'ok' if finding.ok else 'NOT OK':<8}{finding.what:<18}{finding.found}"
             print(printable(f"{line}  -> {finding.remedy}" if finding.remedy else line))
     return 0 if all(finding.ok for finding in findings) else PlatformError.exit_code
 
@@ -90,12 +90,70 @@ def _version(name: str) -> str:
 
 
 def _accelerators() -> list[Finding]:
-    """CUDA is used by no decoder yet, so its absence is a fact and no fault."""
+    """What --device cuda and tensorrt need. Answers come without, so that what is missing is a fact and no fault."""
     compiled = "compiled in" if _native.cuda_compiled() else "not compiled in"
     return [
         Finding("telemetry", f"of onnxruntime: off ({TELEMETRY_SWITCH}=1)"),
-        Finding("cuda", f"{compiled}; {_native.cuda_device_count()} devices; answers are computed on the CPU"),
+        Finding("splice op", f"on the GPU: {compiled}"),
+        *_gpu(),
+        *_cuda_provider(),
+        *_tensorrt(),
     ]
+
+
+def _gpu() -> Iterator[Finding]:
+    """The GPU and its driver, as both engines see them."""
+    try:
+        from ..cuda import find_device, runtime
+
+        version = _version("cuda-bindings")
+        runtime()
+        yield Finding("cuda-bindings", version or "importable, but not installed as a package")
+        gpu = find_device()
+    except PlatformError as error:
+        yield Finding("GPU", error.message, remedy=error.remedy)
+        return
+    shared = ", shared with the machine" if gpu.integrated else ""
+    found = f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory / 2**30:.1f} GiB{shared}"
+    yield Finding("GPU", f"{found}, driver for CUDA {gpu.driver}")
+
+
+def _cuda_provider() -> Iterator[Finding]:
+    """What --device cuda needs besides."""
+    try:
+        from ..ort_cuda import INSTALL, built_with, cuda_libraries, has_provider
+    except ImportError:  # onnxruntime is missing, which was said above
+        return
+    if not has_provider():
+        remedy = f"For --device cuda: {INSTALL}"
+        yield Finding("CUDA provider", "not in this onnxruntime", remedy=remedy)
+        return
+    version = built_with()
+    yield Finding(
+        "CUDA provider", f"in this onnxruntime, built with CUDA {version or 'of a version that it does not say'}"
+    )
+    for library in cuda_libraries():
+        remedy = f"For --device cuda, install what brings it: {library.package}" if library.error else ""
+        yield Finding(library.name, "missing" if library.error else "there", remedy=remedy)
+
+
+def _tensorrt() -> Iterator[Finding]:
+    """What --device tensorrt needs besides."""
+    from ..tensorrt.library import EXTRA, FLAVOURS, PACKAGES, load_tensorrt
+
+    found = [flavour for flavour in FLAVOURS if importlib.util.find_spec(flavour) is not None]
+    if not found:
+        packages = " or ".join(PACKAGES.values())
+        yield Finding("TensorRT", "not installed", remedy=f"For --device tensorrt, install {packages}: {EXTRA}")
+    for flavour in found:
+        try:
+            library = load_tensorrt(flavour)
+        except PlatformError as error:
+            yield Finding("TensorRT", error.message, remedy=error.remedy)
+            continue
+        known = library.capabilities
+        runs = f"; for compute capability {', '.join(known)}" if known else "; for the GPU of this machine"
+        yield Finding("TensorRT", f"{library.name}{runs}")
 
 
 def _bundle_and_cache(path: str | None) -> list[Finding]:

@@ -41,6 +41,7 @@ def _lines(bundle: Bundle) -> list[str]:
         f"context {decoder.context}",
         f"layout      {decoder.layout}{_portable(decoder.portable)}",
         f"used here   {_used(bundle)}",
+        f"for GPUs    {_for_gpus(manifest)}",
         *_encoder_lines(manifest),
         f"made from   {', '.join(f'{s.path} ({_size(s.size)}, {s.sha256[:12]}…)' for s in manifest.sources)}",
         "",
@@ -61,6 +62,17 @@ def _portable(portable: DerivedGraph | None) -> str:
     if portable is None:
         return ""
     return f", and {portable.graph}, whose {_size(portable.data_size)} are derived where it is used"
+
+
+def _for_gpus(manifest: Manifest) -> str:
+    """What --device cuda and --device tensorrt run."""
+    decoder = manifest.decoder
+    found = [] if decoder.cuda is None else [f"{decoder.cuda} (--device cuda)"]
+    if decoder.standard is not None:
+        parts = (decoder, manifest.molecule_encoder, manifest.protein_encoder)
+        size = sum(part.standard.data_size for part in parts if part is not None and part.standard is not None)
+        found.append(f"standard graphs, {_size(size)} of weights derived to build engines (--device tensorrt)")
+    return ", ".join(found) or "nothing: 'biomedgpt-export relayout' adds it to bundles in int4 and fp16"
 
 
 def _used(bundle: Bundle) -> str:

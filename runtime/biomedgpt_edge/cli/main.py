@@ -32,6 +32,7 @@ _COMMANDS = {
     "inspect": "show what a bundle holds, how it was made and under which terms it may be used",
     "verify": "compare every file of a bundle with the hashes in its manifest",
     "bench": "measure load, encoders, prefill, decode and whole requests against this machine's limits",
+    "engines": "build what runs a bundle with TensorRT on this machine's NVIDIA GPU",
     "cache": "show what is derived on this machine, or remove it",
     "doctor": "show what this machine has for running bundles, and what is missing",
 }

@@ -46,6 +46,11 @@ class KvLayout:
         return cls("fp32", np.dtype(np.float32), spec.layers, spec.kv_heads, 1, spec.head_size, (1,))
 
     @classmethod
+    def half_rows(cls, spec: DecoderSpec) -> KvLayout:
+        """The same in float16, for GPUs."""
+        return cls("fp16", np.dtype(np.float16), spec.layers, spec.kv_heads, 1, spec.head_size, (1,))
+
+    @classmethod
     def blocks(cls, spec: DecoderSpec, element: KvElement) -> KvLayout:
         """Blocks of 16 positions, as bytes; see csrc/attention/attention.h."""
         width = BLOCK * (spec.head_size * _ELEMENT_BYTES[element] + _SCALE_BYTES[element])

@@ -1,0 +1,99 @@
+"""What a bundle runs on: decoder and encoders for the processor, or for the first NVIDIA GPU by one of two engines."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .bundle import Bundle
+from .decoder.base import Decoder
+from .decoder.graph import Choice, decoder_graph
+from .decoder.kv_cache import KvElement
+from .decoder.onnx import OnnxDecoder
+from .device_cache import Verify
+from .encoders import Encoders
+from .errors import OptionError
+
+DeviceName = Literal["cpu", "cuda", "tensorrt"]
+DEVICES: tuple[DeviceName, ...] = get_args(DeviceName)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Used:
+    """What an engine computes with.
+
+    Attributes:
+        context: positions of prompt and answer that it takes, where it takes fewer than the model.
+    """
+
+    decoder: Decoder
+    encoders: Encoders
+    context: int | None = None
+
+
+def require_options(device: str, **only_on_cpu: object) -> None:
+    """Refuses a device that there is none of, and options that would be ignored on the one that is asked for.
+
+    Raises:
+        OptionError: with the option.
+    """
+    if device not in DEVICES:
+        raise OptionError(
+            f"device is {str(device)[:40]!r}.",
+            seen=str(device)[:40],
+            limit=", ".join(DEVICES),
+            remedy=f"Give one of {', '.join(DEVICES)}.",
+        )
+    if device == "cpu":
+        return
+    given = next((name for name, value in only_on_cpu.items() if value not in (None, "auto")), None)
+    if given is not None:
+        raise OptionError(
+            f"{given} is {only_on_cpu[given]!r}, and device is {device!r}, on which it does not apply.",
+            seen=str(only_on_cpu[given]),
+            remedy=f"Leave {given} out, or use the device cpu.",
+        )
+
+
+def load_cpu(bundle: Bundle, *, threads: int, choice: Choice, verify: Verify, kv_cache: KvElement | None) -> Used:
+    """On the processor.
+
+    Raises:
+        PlatformError, BundleCorruptError, OptionError: see :class:`OnnxDecoder`.
+    """
+    graph = decoder_graph(bundle, choice, verify)
+    decoder = OnnxDecoder(bundle, threads=threads, graph=graph, kv_cache=kv_cache)
+    return Used(decoder, Encoders(bundle, threads=threads, choice=choice, verify=verify))
+
+
+def load_gpu(bundle: Bundle, device: DeviceName, *, threads: int, verify: Verify) -> Used:
+    """On the GPU. What TensorRT needs and is not there yet is built.
+
+    Raises:
+        PlatformError: the machine misses something, or is too small.
+        OptionError: the bundle has no graphs for it.
+    """
+    if device == "cuda":
+        from .decoder.onnx_cuda import CudaDecoder
+        from .encoders_gpu import CudaEncoders
+        from .ort_cuda import require_cuda
+
+        # Before gigabytes are derived for it.
+        require_cuda()
+        return Used(CudaDecoder(bundle, verify=verify), CudaEncoders(bundle, threads=threads, verify=verify))
+    from .decoder.tensorrt import TensorRtDecoder
+    from .encoders_gpu import TensorRtEncoders
+    from .tensorrt.build import engines_for, find_target, plan_engines
+    from .tensorrt.store import stored_context
+
+    target = find_target()
+    plan = plan_engines(bundle, target)
+    # Whoever built engines for fewer positions wants these.
+    context = stored_context(plan.key)
+    if context is not None:
+        plan = plan_engines(bundle, target, context)
+    engines = engines_for(plan, verify, lambda line: _log.info("%s", line))
+    encoders = TensorRtEncoders(bundle, plan, engines, threads=threads)
+    return Used(TensorRtDecoder(bundle, plan, engines), encoders, plan.context)

@@ -1,0 +1,126 @@
+"""Molecule and protein encoders on the GPU, by ONNX Runtime's CUDA provider or as TensorRT engines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .bundle import Bundle
+from .cuda import Stream
+from .decoder.onnx_cuda import cuda_graph
+from .device_cache import Verify
+from .encoders import Encoders, Features, Run, molecule_signature, protein_signature
+from .errors import PromptTooLongError
+from .manifest import Manifest
+from .ort_cuda import PROVIDER, open_cuda_session
+from .ort_session import Signature, running
+from .portable import of_protein_encoder
+from .tensorrt.build import Part, Plan
+from .tensorrt.session import EngineSession
+from .tensorrt.store import Engines
+
+Feeds = Mapping[str, npt.NDArray[Any]]
+MOLECULE, PROTEIN = "molecule_encoder", "protein_encoder"
+
+
+class CudaEncoders(Encoders):
+    """On ONNX Runtime's CUDA provider: molecules in float32, which is their bundle's own graph, proteins in float16."""
+
+    def __init__(self, bundle: Bundle, *, threads: int, verify: Verify) -> None:
+        super().__init__(bundle, threads=threads, verify=verify)
+        self.identity = f"onnxruntime {ort.__version__}, {PROVIDER}"
+
+    def _open_molecule(self) -> Run:
+        spec = self._bundle.manifest.molecule_encoder
+        if spec is None:
+            raise TypeError("a molecule passed the check of a bundle without an encoder for them")
+        return self._opened(self._bundle.file(spec.graph), molecule_signature(spec), "atom_features")
+
+    def _open_protein(self) -> Run:
+        spec = self._bundle.manifest.protein_encoder
+        if spec is None:
+            raise TypeError("a protein passed the check of a bundle without an encoder for them")
+        path = cuda_graph(self._bundle, spec, of_protein_encoder(self._bundle), self._verify)
+        run = self._opened(path, protein_signature(spec), "residue_features")
+        return lambda feeds: run(feeds)[0]
+
+    def _opened(self, path: Any, signature: tuple[Signature, Signature], output: str) -> Run:
+        # The stream lives as long as the session that was told of it.
+        stream = Stream()
+        session = open_cuda_session(path, inputs=signature[0], outputs=signature[1], stream=stream)
+
+        def run(feeds: Feeds) -> Features:
+            with running(path.name):
+                (features,) = session.run([output], dict(feeds))
+            stream.wait()
+            return np.ascontiguousarray(features)
+
+        return run
+
+
+class TensorRtEncoders(Encoders):
+    """As engines in float16."""
+
+    def __init__(self, bundle: Bundle, plan: Plan, engines: Engines, *, threads: int) -> None:
+        super().__init__(bundle, threads=threads)
+        self.identity = f"{plan.key}"
+        self._plan = plan
+        self._engines = engines
+        self._running = threading.Lock()
+
+    def _open_molecule(self) -> Run:
+        session, part = self._opened(MOLECULE, "atom_features")
+        width = _width(self._bundle.manifest, MOLECULE)
+
+        def run(feeds: Feeds) -> Features:
+            atoms = len(feeds["atom_type"])
+            return self._features(session, part, atoms, dict(feeds), "atom_features", (atoms, width))
+
+        return run
+
+    def _open_protein(self) -> Run:
+        session, part = self._opened(PROTEIN, "residue_features")
+        width = _width(self._bundle.manifest, PROTEIN)
+
+        def run(feeds: Feeds) -> Features:
+            length = feeds["residue_ids"].shape[1]
+            inputs = {**feeds, "position_ids": np.arange(length, dtype=np.int64)[np.newaxis]}
+            found: Features = self._features(session, part, length, inputs, "residue_features", (1, length, width))[0]
+            return found
+
+        return run
+
+    def _features(
+        self, session: EngineSession, part: Part, length: int, inputs: Feeds, output: str, shape: tuple[int, ...]
+    ) -> Features:
+        longest = part.profiles[-1].lengths[2]
+        if length > longest:
+            raise PromptTooLongError(
+                f"an input has {length:,} atoms or residues; its engine was built for {longest:,}.",
+                seen=length,
+                limit=longest,
+                remedy="Give a smaller one, or use --device cpu.",
+            )
+        # The arrays of a session are those of its last run.
+        with self._running:
+            features: Features = session.run(length, inputs, {output: shape})[output].copy()
+        return features
+
+    def _opened(self, name: str, output: str) -> tuple[EngineSession, Part]:
+        part = next(part for part in self._plan.parts if part.name == name)
+        longest = part.profiles[-1].lengths[2]
+        session = EngineSession(
+            self._plan.target.library, self._engines.files[name], part.profiles, rows={output: longest}
+        )
+        return session, part
+
+
+def _width(manifest: Manifest, name: str) -> int:
+    spec = getattr(manifest, name)
+    width: int = spec.width
+    return width
