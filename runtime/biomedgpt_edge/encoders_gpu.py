@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +70,6 @@ class TensorRtEncoders(Encoders):
         self.identity = f"{plan.key}"
         self._plan = plan
         self._engines = engines
-        self._running = threading.Lock()
 
     def _open_molecule(self) -> Run:
         session, part = self._opened(MOLECULE, "atom_features")
@@ -106,9 +104,7 @@ class TensorRtEncoders(Encoders):
                 limit=longest,
                 remedy="Give a smaller one, or use --device cpu.",
             )
-        # The arrays of a session are those of its last run.
-        with self._running:
-            features: Features = session.run(length, inputs, {output: shape})[output].copy()
+        features: Features = session.run(length, inputs, {output: shape})[output]
         return features
 
     def _opened(self, name: str, output: str) -> tuple[EngineSession, Part]:

@@ -21,8 +21,11 @@ from .errors import PlatformError
 from .ort_session import Signature, open_session
 
 PROVIDER = "CUDAExecutionProvider"
-# onnxruntime and onnxruntime-gpu are one module: the one that was installed last wins.
-INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'biomedgpt-edge[cuda]'"
+# onnxruntime and onnxruntime-gpu are one module: what uninstalling the first removes, the second has to bring again.
+INSTALL = (
+    "pip install 'biomedgpt-edge[cuda]' && pip uninstall -y onnxruntime && "
+    "pip install --force-reinstall --no-deps onnxruntime-gpu"
+)
 # By the CUDA version that the provider was built with: what it is linked to or opens by name (onnxruntime-gpu 1.31),
 # and the packages of PyPI that bring it; JetPack and the CUDA toolkit bring all but cuDNN and the driver's, too.
 _LIBRARIES: Mapping[int, Mapping[str, str]] = {

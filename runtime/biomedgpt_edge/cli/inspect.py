@@ -46,7 +46,7 @@ def _lines(bundle: Bundle) -> list[str]:
         f"made from   {', '.join(f'{s.path} ({_size(s.size)}, {s.sha256[:12]}…)' for s in manifest.sources)}",
         "",
         "files",
-        *[f"  {entry.path:<28}{_size(entry.size):>10}  {entry.sha256[:16]}…" for entry in manifest.files],
+        *[f"  {entry.path:<32}{_size(entry.size):>10}  {entry.sha256[:16]}…" for entry in manifest.files],
     ]
     for title, facts in (
         ("quantization", manifest.quantization),

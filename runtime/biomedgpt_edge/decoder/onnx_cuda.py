@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class CudaDecoder:
         self._graphs = dict[int, str]()
         self._numbers = itertools.count(1)
         self._capturing = True
+        self._running = threading.Lock()
         self._check_graphs()
 
     def open(self, capacity: int, start: KeyValues | None = None) -> StaticState:
@@ -105,6 +107,10 @@ class CudaDecoder:
 
     def run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
         """See :class:`Runner`."""
+        with self._running:
+            return self._run(cache, embeddings, start, wanted)
+
+    def _run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
         length, count, buffers = len(embeddings), len(wanted), self._buffers
         captured = self._capturing and length == 1
         buffers.fill(self._stream, embeddings, wanted, start + length - 1)
@@ -124,7 +130,9 @@ class CudaDecoder:
         logits = buffers.host_logits[:count]
         self._stream.download(logits, buffers.logits.pointer)
         self._stream.wait()
-        return logits
+        # Another sequence may run next, in the same memory.
+        own: Logits = logits.copy()
+        return own
 
     def _bind(self, cache: GpuCache, length: int, count: int) -> ort.IOBinding:
         binding, spec, buffers = self._session.io_binding(), self.spec, self._buffers
@@ -158,7 +166,7 @@ class CudaDecoder:
             for captured in (False, True):
                 self._capturing = captured
                 self.run(cache, given[:3], 0, last)
-                logits[captured] = [self.run(cache, given[at : at + 1], at, last).copy() for at in (3, 4, 5)]
+                logits[captured] = [self.run(cache, given[at : at + 1], at, last) for at in (3, 4, 5)]
         for plain, graph in zip(logits[False], logits[True], strict=True):
             difference = float(np.abs(plain - graph).max()) / max(float(np.abs(plain).max()), 1e-9)
             if not difference <= _TOLERANCE:

@@ -54,7 +54,7 @@ class Runner(Protocol):
         """Appends ``embeddings`` float32 ``[T, hidden]``, C-contiguous, behind the first ``start`` positions.
 
         Returns:
-            Logits of ``wanted`` int64 ``[n]`` of the T, float32 ``[n, vocabulary]``, valid until the next run.
+            Logits of ``wanted`` int64 ``[n]`` of the T, float32 ``[n, vocabulary]``.
         """
         ...
 

@@ -58,10 +58,6 @@ class TensorRtDecoder:
         """
         return StaticState(self, self.spec, self.kv, self.table, capacity, start)
 
-    def save_runtime_cache(self) -> None:
-        """See :meth:`EngineSession.save_runtime_cache`."""
-        self._session.save_runtime_cache()
-
     def new_cache(self) -> GpuCache:
         """See :class:`Runner`."""
         return self._caches.new()

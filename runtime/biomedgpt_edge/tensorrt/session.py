@@ -7,6 +7,7 @@ memory that stays in place, and there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -77,6 +78,7 @@ class EngineSession:
         }
         self._captures = dict[tuple[Any, ...], Capture | None]()
         self._capturing = library.flavour == "tensorrt"
+        self._ran = set[int]()
 
     def run(
         self,
@@ -91,7 +93,7 @@ class EngineSession:
         Args:
             length: positions, by which the profile is chosen.
             inputs: by name, C-contiguous arrays of the engine's element types.
-            outputs: by name, the shape of each that is wanted; arrays are valid until the next run.
+            outputs: by name, the shape of each that is wanted.
             shared: addresses on the GPU.
             key: runs with equal keys have equal shapes and addresses, and become a CUDA graph where the engine allows.
 
@@ -118,18 +120,24 @@ class EngineSession:
                 found[name] = memory[: math.prod(shape)].reshape(shape)
                 self.stream.download(found[name], buffer.pointer)
             self.stream.wait()
-            return found
+            if index not in self._ran:
+                self._ran.add(index)
+                self._save_runtime_cache()
+            # Another thread may run it next, in the same memory.
+            return {name: array.copy() for name, array in found.items()}
 
-    def save_runtime_cache(self) -> None:
-        """Keeps what was compiled for this GPU, so that the next start does not compile it again."""
+    def _save_runtime_cache(self) -> None:
+        """Keeps what was compiled for this GPU when a profile ran first: the next start does not compile it again."""
         if self._settings is None:
             return
         cache = self._settings.get_runtime_cache()
         data = None if cache is None else cache.serialize()
         if data is not None:
             partial = self._cache_file.with_name(f"{self._cache_file.name}.partial")
-            partial.write_bytes(memoryview(data))
-            partial.replace(self._cache_file)
+            # A cache that cannot be written is compiled again next time.
+            with contextlib.suppress(OSError):
+                partial.write_bytes(memoryview(data))
+                partial.replace(self._cache_file)
 
     def _enqueue(self, context: Any, key: tuple[Any, ...] | None) -> None:
         """Puts a run into the stream: the second one with a key is captured, those after it are launched at once."""
