@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from ..bundle import Bundle
 from ..cuda import Device, find_device
 from ..device_cache import Verify, cache_folder
 from ..errors import OptionError, PlatformError, UnsupportedGraphError
+from ..manifest import DerivedGraph
 from ..memory import LEAST_POSITIONS, mebibytes
-from ..onnx_header import read_header
 from ..portable import Derivation, derived_graph, forget, of_standard
 from .inspection import Layer, read_layers
 from .library import TensorRt, capability_of, load_tensorrt, require_capability
@@ -253,9 +254,10 @@ def _build_all(plan: Plan, report: Report) -> None:
     for line in plan.lines():
         report(line)
     plan.require_room()
-    # Before hours or minutes are spent on one, all of them are known to be understood.
+    # Before minutes are spent on one, all of them are known to be understood.
     for part in plan.parts:
-        require_supported(plan.target.library, plan.bundle.file(part.derivation.derived.graph))
+        derived = part.derivation.derived
+        require_supported(plan.target.library, plan.bundle.file(derived.graph), derived)
     with new_engines(plan.key) as folder:
         for part in plan.parts:
             started = time.perf_counter()
@@ -268,20 +270,22 @@ def _build_all(plan: Plan, report: Report) -> None:
             report(f"{part.derivation.part}: built in {time.perf_counter() - started:.0f} s")
 
 
-def require_supported(library: TensorRt, graph: Path) -> None:
-    """Whether the parser knows every operator of ``graph``; its weights need not be there.
+def require_supported(library: TensorRt, graph: Path, derived: DerivedGraph) -> None:
+    """Whether the parser takes every node of ``graph``; its weights need not be there.
 
     Raises:
         UnsupportedGraphError: not; names the nodes.
     """
-    parser, _ = _parser(library)
-    unknown = sorted(name for _, name in read_header(graph).operators if not parser.supports_operator(name))
-    if unknown:
-        raise UnsupportedGraphError(
-            f"{library.name} does not know {', '.join(unknown)}, which {graph.name} has.",
-            seen=unknown,
-            remedy="Use a newer TensorRT, or --device cuda.",
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / graph.name
+        shutil.copyfile(graph, copy)
+        # Zeros that take no room stand for the weights.
+        with copy.with_name(derived.data).open("wb") as data:
+            data.truncate(derived.data_size)
+        library.messages.begin()
+        parser, _ = _parser(library)
+        if not parser.parse_from_file(str(copy)):
+            raise _refused(library, parser, graph)
 
 
 def _parser(library: TensorRt) -> tuple[Any, Any]:
