@@ -16,6 +16,7 @@ from .graphs.cuda import write_cuda
 from .graphs.int4_ops import Replaced, write_portable, write_with_int4_ops
 from .graphs.int8_ops import write_portable_int8, write_with_int8_ops
 from .graphs.standard import write_standard
+from .graphs.stored import StoredWeights
 
 PORTABLE_DECODER, PORTABLE_ENCODER = "decoder-portable.onnx", "protein_encoder-portable.onnx"
 
@@ -74,6 +75,11 @@ def write_gpu_graphs(source: Path, own: Path, portable: DerivedGraph | None, rep
     Raises:
         ParityError: see :func:`write_in_records`.
     """
+    try:
+        StoredWeights(source).require_half_range(source.name)
+    except ModelConfigError as error:
+        report(f"no graphs for GPUs: {error.message}")
+        return GpuGraphs()
     cuda = own.with_name(f"{own.stem}-cuda.onnx")
     write_cuda(own if portable is None else own.with_name(portable.graph), cuda)
     return GpuGraphs(cuda.name, write_standard_graph(source, own, report))

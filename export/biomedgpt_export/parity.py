@@ -110,7 +110,7 @@ def measure(
         rounding = matrices.rounding(configs, folded(weights), chosen)
         weights = matrices.replacing(folded(weights))
     report("parity with the source modules: the exported graphs")
-    with _ExactArithmetic(bundle) as exact:
+    with ExactArithmetic(bundle) as exact:
         exported = _exported(exact, threads)
     report("parity with the source modules: the source")
     fidelity = _fidelity(exported, _source(configs, weights, report))
@@ -238,7 +238,7 @@ def _with_head(weights: Weights) -> Weights:
     return lambda key: weights(table if key == head else key)
 
 
-class _ExactArithmetic:
+class ExactArithmetic:
     """A view of the bundle whose int4 and int8 layers compute in float32 instead of quantizing activations to int8.
 
     It lives in copies of the graph files beside the originals, since that is where their weights are found; a graph

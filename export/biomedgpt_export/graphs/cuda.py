@@ -18,7 +18,7 @@ _HALF = ".half"
 
 
 def write_cuda(source: Path, target: Path) -> None:
-    """Writes the portable graph ``source`` to ``target``, beside it, over the same weights."""
+    """Writes the portable graph ``source``, its data wherever, to ``target``, beside it and over the same weights."""
     model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
     nodes = list(_Half(graph).nodes())

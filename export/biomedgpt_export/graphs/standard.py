@@ -61,9 +61,12 @@ def write_standard(source: Path, target: Path, *, element: Element = "fp16") -> 
     float32 inputs and outputs stay what they are, but for the KV cache, whose numbers are of ``element``.
 
     Raises:
-        ModelConfigError: the graph has something that no standard operator computes; named.
+        ModelConfigError: the graph has something that no standard operator computes, or a value beyond ``element``;
+            named.
         FileExistsError: there are weights beside ``target`` already.
     """
+    if element == "fp16":
+        StoredWeights(source).require_half_range(source.name)
     graph = GraphBuilder(target, on_pages=True, standard=True)
     try:
         written = _Translation(source, graph, element).run()

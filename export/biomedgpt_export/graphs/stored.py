@@ -14,12 +14,14 @@ import torch
 from biomedgpt_edge.onnx_header import INT4_MATRICES, INT8_INPUTS
 from biomedgpt_edge.tensor_names import INT8_RECORDS, INT8_VALUES, SCALES, layer_names
 
+from ..errors import ModelConfigError
 from ..quantize.int4 import Int4Weight
 from ..quantize.int8 import Int8Weight
 from ..quantize.int8_groups import Int8GroupWeight
 from .records import unpacked, unpacked_int8
 
 ALL_ROWS = slice(None)
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,18 @@ class StoredWeights:
         path, offset = self._folder / place["location"], int(place["offset"])
         mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
         return mapped
+
+    def require_half_range(self, graph: str) -> None:
+        """Whether every float32 tensor has a finite float16 counterpart, for graphs whose activations are float16.
+
+        Raises:
+            ModelConfigError: one has not; named, with the graph.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor.data_type == onnx.TensorProto.FLOAT and np.abs(self.array(name)).max(initial=0) > _LARGEST_HALF:
+                raise ModelConfigError(
+                    f"{name} of {graph} holds values beyond float16.", seen=name, limit=_LARGEST_HALF
+                )
 
     def lies_inside(self, name: str) -> bool:
         """Whether the tensor ``name`` lies in the graph file itself."""

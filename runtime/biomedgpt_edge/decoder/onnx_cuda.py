@@ -28,6 +28,7 @@ from .gpu_cache import GpuCache, GpuCaches
 from .kv_cache import KeyValues, KvLayout, Values
 from .static_kv import StaticState
 
+# See :attr:`Decoder.tile`: of bits nothing is promised here.
 TILE = 16
 # Rows of logits in one call: a token and those that may be drafted behind it.
 STEP_TOKENS = 1 + DRAFT

@@ -15,7 +15,7 @@ from .gpu_cache import GpuCache, GpuCaches
 from .kv_cache import KeyValues, KvLayout, Values
 from .static_kv import StaticState, explicit_inputs
 
-# Kernels differ by profile and shape: nothing is promised but that chunks of a prompt end where they always do.
+# See :attr:`Decoder.tile`: of bits nothing is promised here.
 TILE = 16
 DECODER = "decoder"
 
