@@ -79,9 +79,9 @@ class Decoder(Protocol):
 
         A prompt whose calls end at multiples of it, counted from the same position, gives the same bits however it is
         cut, as long as no call has a single position. 1 says more: the decoder is row-invariant, every position has the
-        same bits whatever else is in its call, so that steps, prefill and several steps at once agree. On a GPU, kernels
-        are chosen by shape, and bits are promised nothing: calls are cut at the same places, and what is reused is near
-        what a fresh run gives, as 16 bits go.
+        same bits whatever else is in its call, so that steps, prefill and several steps at once agree. On a GPU no bits
+        are promised, since kernels are chosen by shape: calls are cut at the same places, and what is reused is as near
+        to what a fresh run gives as 16 bits are.
         """
         ...
 

@@ -321,6 +321,9 @@ def build_engine(
             tensor.shape = (batch, heads, context, size)
     config = builder.create_builder_config()
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    # Memory that an engine takes while it runs would keep it out of CUDA graphs.
+    if hasattr(api.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
     monitor = _monitor(api, lambda line: report(f"{out.stem}: {line}"))
     config.progress_monitor = monitor
     if target.gpu is None:

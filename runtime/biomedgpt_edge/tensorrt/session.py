@@ -110,9 +110,9 @@ class EngineSession:
                 staged = memory[: array.size].reshape(array.shape)
                 np.copyto(staged, array, casting="no")
                 self.stream.upload(buffer.pointer, staged)
-                context.set_input_shape(name, array.shape)
+                self._require(context.set_input_shape(name, array.shape), f"take {name} of {list(array.shape)}")
             for name, pointer in (shared or {}).items():
-                context.set_tensor_address(name, pointer)
+                self._require(context.set_tensor_address(name, pointer), f"take the address of {name}")
             self._enqueue(context, None if key is None else (index, *key))
             found = {}
             for name, shape in outputs.items():
@@ -162,8 +162,7 @@ class EngineSession:
         capture.launch()
 
     def _execute(self, context: Any) -> None:
-        if not context.execute_async_v3(self.stream.handle):
-            raise self._failure("run an engine")
+        self._require(context.execute_async_v3(self.stream.handle), "run an engine")
 
     def forget(self, key: tuple[Any, ...]) -> None:
         """Drops CUDA graphs whose keys begin so: their addresses are no longer valid."""
@@ -189,8 +188,7 @@ class EngineSession:
         given = strategy if self._settings is None else self._settings
         context = self._made(self._engine.create_execution_context(given), f"profile {index}")
         context.set_device_memory(self._scratch.pointer, self._scratch.size)
-        if not context.set_optimization_profile_async(index, self.stream.handle):
-            raise self._failure(f"use profile {index}")
+        self._require(context.set_optimization_profile_async(index, self.stream.handle), f"use profile {index}")
         self.stream.wait()
         return context
 
@@ -207,13 +205,17 @@ class EngineSession:
         dtype = np.dtype(self._library.api.nptype(self._engine.get_tensor_dtype(name)))
         memory, buffer = pinned((count,), dtype), Buffer(count * dtype.itemsize, name)
         for context in self._contexts:
-            context.set_tensor_address(name, buffer.pointer)
+            self._require(context.set_tensor_address(name, buffer.pointer), f"take the address of {name}")
         return memory, buffer
 
     def _made(self, made: Any, what: str) -> Any:
         if made is None:
             raise self._failure(f"load {what}")
         return made
+
+    def _require(self, done: bool, what: str) -> None:
+        if not done:
+            raise self._failure(what)
 
     def _failure(self, what: str) -> PlatformError:
         said = "; ".join(self._library.messages.errors[-2:]) or "no reason given"
