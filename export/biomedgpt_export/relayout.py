@@ -48,8 +48,11 @@ def relayout(source: Path, out: Path, layout: DecoderLayout, report: Report) -> 
             cannot be written.
     """
     bundle = Bundle.open(source)
-    found = bundle.manifest.decoder.layout
-    if found == DECODER_LAYOUTS[layout] and (bundle.manifest.decoder.cuda is not None or not _for_gpus(bundle)):
+    decoder = bundle.manifest.decoder
+    found = decoder.layout
+    # Graphs for GPUs are added to records where there is a portable graph beside them, whose data they share.
+    lacking = _for_gpus(bundle) and decoder.cuda is None and (found == PORTABLE or decoder.portable is not None)
+    if found == DECODER_LAYOUTS[layout] and not lacking:
         raise ExportError(f"the decoder of {source} is in {layout} already.", seen=found, remedy="Use it as it is.")
     report("comparing every file with its hash")
     bundle.verify()

@@ -219,14 +219,9 @@ class Bundle:
     def _check_standard(self, standard: DerivedGraph | None) -> None:
         if standard is None:
             return
-        header = self._check_derived(standard, STANDARD_OPERATORS)
-        wrong = next(misfits(header), None)
-        if wrong is not None:
-            raise BundleCorruptError(
-                f"{standard.graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
-            )
+        self._check_derived(standard, STANDARD_OPERATORS)
 
-    def _check_derived(self, derived: DerivedGraph, operators: Set[tuple[str, str]]) -> Header:
+    def _check_derived(self, derived: DerivedGraph, operators: Set[tuple[str, str]]) -> None:
         """Its tensors lie in the file that is derived for it, and nowhere in the bundle."""
         data = _beside(derived.graph, derived.data)
         if data in self._entries:
@@ -246,7 +241,11 @@ class Bundle:
                 limit=limit,
                 remedy=_RE_EXPORT,
             )
-        return header
+        wrong = next(misfits(header), None)
+        if wrong is not None:
+            raise BundleCorruptError(
+                f"{derived.graph} contradicts itself: {wrong[:200]!r}.", seen=wrong[:200], remedy=_RE_EXPORT
+            )
 
     def _check_graph(
         self, graph: str, operators: Set[tuple[str, str]], sizes: Mapping[str, int] | None = None

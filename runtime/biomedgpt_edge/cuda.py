@@ -7,7 +7,9 @@ Memory of a device is a :class:`Buffer`, memory that it copies from and to witho
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
+import threading
 import weakref
 from dataclasses import dataclass
 from functools import cache
@@ -92,7 +94,7 @@ def find_device() -> Device:
         raise PlatformError(
             f"this machine has {driver}: {code}.",
             seen=code,
-            remedy="Install the NVIDIA driver, or use --device cpu.",
+            remedy="Install the NVIDIA driver, or use the device cpu.",
         )
     properties = checked(cudart.cudaGetDeviceProperties(0), "describe the GPU")
     free, total = checked(cudart.cudaMemGetInfo(), "tell the memory of the GPU")
@@ -146,10 +148,16 @@ def pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 
 class Stream:
-    """A queue of work for the GPU."""
+    """A queue of work for the GPU.
+
+    Attributes:
+        lock: held by whoever puts work into it that belongs together; another thread's copy in the midst of a capture
+            would become part of that. A cache may be dropped by the same thread meanwhile.
+    """
 
     def __init__(self) -> None:
         cudart = runtime()
+        self.lock = threading.RLock()
         self.handle = int(checked(cudart.cudaStreamCreateWithFlags(_NON_BLOCKING), "make a stream"))
         weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
 
@@ -201,14 +209,20 @@ class Capture:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._executable: Any = None
+        self._collecting = False
 
     def __enter__(self) -> Capture:
         cudart = runtime()
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         checked(cudart.cudaStreamBeginCapture(self._stream.handle, mode), "begin a CUDA graph")
+        # What the collector frees would end the capture.
+        self._collecting = gc.isenabled()
+        gc.disable()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._collecting:
+            gc.enable()
         cudart = runtime()
         graph = checked(cudart.cudaStreamEndCapture(self._stream.handle), "end a CUDA graph")
         self._executable = checked(cudart.cudaGraphInstantiate(graph, 0), "make a CUDA graph")

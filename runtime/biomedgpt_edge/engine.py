@@ -180,6 +180,7 @@ class Engine:
         soft_token_folder: ArrayFolder | None = None,
         low_memory: bool = False,
         context: int | None = None,
+        memory_limited: bool = False,
     ) -> None:
         self.bundle = bundle
         # Bundles that store 16 or 4 bits have nothing to lose by 16-bit operands; a fp32 one stays what was exported.
@@ -191,6 +192,7 @@ class Engine:
         self._soft_tokens = SoftTokenCache(CACHE_BYTES, folder=soft_token_folder, identity=bits)
         self._threads = threads
         self._low_memory = low_memory
+        self._memory_limited = memory_limited
         self._context = bundle.manifest.decoder.context if context is None else context
         self._conversations: weakref.WeakSet[Conversation] = weakref.WeakSet()
 
@@ -281,6 +283,7 @@ class Engine:
             soft_token_folder=ArrayFolder(SOFT_TOKENS, _SOFT_TOKEN_FOLDER_BYTES) if keep_soft_tokens else None,
             low_memory=low_memory,
             context=used.context if context is None else context,
+            memory_limited=context is not None and context < bundle.manifest.decoder.context,
         )
 
     def ask(self, question: str, *inputs: Input, raw: bool = False, **options: Unpack[OptionArguments]) -> Answer:
@@ -353,7 +356,7 @@ class Engine:
     ) -> AnswerStream:
         # Taken now, so that a stream can be finished after the engine was closed.
         prefixes = self._loaded()
-        if self._context < self.bundle.manifest.decoder.context:
+        if self._memory_limited:
             self._release_others(conversation)
         prompt = self._prepare(turns, raw, new_tokens=options.max_new_tokens)
         result = Generation(prompt.timings)
@@ -450,8 +453,12 @@ class Engine:
         room = context - len(prompt)
         fits = f"Ask for at most {room:,} new tokens (max_new_tokens)."
         remedy = fits if room > 0 else "Shorten the conversation, or give fewer or smaller inputs."
-        limited = context < self.bundle.manifest.decoder.context
-        reader = "the memory limit leaves room for" if limited else "the model reads"
+        if self._memory_limited:
+            reader = "the memory limit leaves room for"
+        elif context < self.bundle.manifest.decoder.context:
+            reader = "the engines were built for"
+        else:
+            reader = "the model reads"
         raise PromptTooLongError(
             f"the prompt has {len(prompt):,} positions ({parts}) and the answer may take {new_tokens:,}; "
             f"{reader} {context:,} together.",

@@ -278,7 +278,8 @@ def _check_names(manifest: Manifest) -> None:
                 seen=graph[:60],
                 remedy=_RE_EXPORT,
             )
-    if len(set(named.values())) != len(named):
+    own = [spec.graph for spec in (manifest.decoder, manifest.molecule_encoder, manifest.protein_encoder) if spec]
+    if len({*named.values(), *own}) != len(named) + len(set(own)):
         raise ManifestError(f"{MANIFEST_NAME} gives two parts the same graph.", remedy=_RE_EXPORT)
 
 

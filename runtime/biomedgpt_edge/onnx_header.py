@@ -71,7 +71,7 @@ PROTEIN_RECORDS_OPERATORS = frozenset(INT8_INPUTS)
 _PRODUCTS, _CAST = {("com.microsoft", "MatMulNBits"), *INT4_MATRICES, *INT8_INPUTS}, ("", "Cast")
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3
-_DIMENSION, _KIND, _NAME, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 2, 8, 13, 14, 1
+_DIMENSION, _KIND, _NAME, _RAW, _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 1, 2, 8, 9, 13, 14, 1
 # Of a number, protobuf keeps so many bits.
 _INTEGER = 2**64 - 1
 
@@ -106,6 +106,7 @@ class Header:
         casts: by the name of what a Cast gives, that of what it reads; None where two differ.
         shapes: of tensors by name, whether they lie outside or not; None where two differ.
         kinds: of the same, their element types as TensorProto.DataType numbers them.
+        inside: of those that lie inside, as bytes, how many; None where two differ.
     """
 
     tensors: list[ExternalTensor] = field(default_factory=list)
@@ -114,6 +115,7 @@ class Header:
     casts: dict[str, str | None] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     kinds: dict[str, int | None] = field(default_factory=dict)
+    inside: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -212,6 +214,9 @@ def _add_tensor(header: Header, data: memoryview) -> None:
     kinds = [value & _INTEGER for number, value in _fields(data) if number == _KIND and isinstance(value, int)]
     kind = next(reversed(kinds), 0)
     header.kinds[name] = kind if header.kinds.get(name, kind) == kind else None
+    raw = [len(value) for number, value in _fields(data) if number == _RAW and isinstance(value, memoryview)]
+    if raw:
+        header.inside[name] = raw[-1] if header.inside.get(name, raw[-1]) == raw[-1] else None
 
 
 def _shape(data: memoryview) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from .onnx_header import INT4_MATRICES, INT8_INPUTS, Header, Product
 # Those of int4 and int8, in the groups of our own exports, and in those of records.
 BITS, GROUP_SIZES = (4, 8), (16, 32, 64, 128)
 RECORDS_GROUP_SIZES = (32, 64, 128)
-# By TensorProto.DataType: float, int8, int32, int64, float16, int4.
-_BITS = {1: 32, 3: 8, 6: 32, 7: 64, 10: 16, 22: 4}
+# By TensorProto.DataType: float, uint8, int8, int32, int64, float16, int4.
+_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 22: 4}
 
 
 def contradictions(header: Header) -> Iterator[str]:
@@ -30,11 +30,14 @@ def contradictions(header: Header) -> Iterator[str]:
 
 
 def misfits(header: Header) -> Iterator[str]:
-    """What is wrong with each tensor outside a graph that has more or fewer bytes than its shape implies."""
-    for tensor in header.tensors:
-        shape, bits = header.shapes.get(tensor.name), _BITS.get(header.kinds.get(tensor.name) or 0)
-        if shape is None or bits is None or tensor.length != -(-math.prod(shape) * bits // 8):
-            yield f"{tensor.name} is {shape} of {bits} bits, and has {tensor.length} bytes"
+    """What is wrong with each tensor, outside a graph or in it, that is not as large as its shape implies, or empty."""
+    lengths = {**header.inside, **{tensor.name: tensor.length for tensor in header.tensors}}
+    for name, shape in header.shapes.items():
+        bits, length = _BITS.get(header.kinds.get(name) or 0), lengths.get(name)
+        if (not shape and shape != ()) or bits is None or length is None:
+            yield f"{name} is {shape} of an unknown type or place"
+        elif not all(shape or ()) or length != -(-math.prod(shape or ()) * bits // 8):
+            yield f"{name} is {shape} of {bits} bits, and has {length} bytes"
 
 
 def _contradiction(header: Header, product: Product) -> str:

@@ -25,8 +25,11 @@ SESSION_ERRORS = (
 
 _REMEDY = "Run 'biomedgpt-edge verify' on the bundle; if it is whole, update onnxruntime."
 
+_GPU_MARKS = ("CUDA failure", "CUDA error", "CUDNN", "CUBLAS")
 _MEMORY_MARKS = ("Failed to allocate memory", "bad_alloc", "BFCArena", "out of memory")
 
+# What it says of a graph that another provider does not take, or that did not start.
+_NOT_ALL = "assigned to the default CPU EP"
 CPU: tuple[str, Mapping[str, str]] = ("CPUExecutionProvider", {})
 
 # name -> element type and dimensions; None stands for a dimension that varies.
@@ -59,6 +62,10 @@ def _failure(what: str, error: Exception) -> BioMedGPTError:
             f"this machine has too little memory to {what}: {reason}.",
             remedy="Close other programs, or ask about fewer or smaller inputs.",
         )
+    if any(mark in str(error) for mark in _GPU_MARKS):
+        return PlatformError(
+            f"the GPU failed to {what}: {reason[:400]}.", remedy="Run 'biomedgpt-edge doctor', and start again."
+        )
     return BundleCorruptError(f"ONNX Runtime {ort.__version__} cannot {what}: {reason}.", remedy=_REMEDY)
 
 
@@ -81,7 +88,7 @@ def open_session(
     ``register`` gives the session operators that ONNX Runtime does not have.
 
     Raises:
-        PlatformError: this machine gave no memory for it.
+        PlatformError: this machine gave no memory for it, or the provider does not take all of it.
         BundleCorruptError: ONNX Runtime refuses the graph, or its inputs or outputs are not the expected ones.
     """
     options = ort.SessionOptions()
@@ -100,6 +107,13 @@ def open_session(
         # There is nothing to fall back to, and trying prints to the terminal.
         session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except (*SESSION_ERRORS, RuntimeError, MemoryError, UnicodeDecodeError) as error:
+        if provider != CPU and _NOT_ALL in str(error):
+            raise PlatformError(
+                f"onnxruntime {ort.__version__} does not run all of {path.name} with the {provider[0]}.",
+                seen=provider[0],
+                remedy="Run 'biomedgpt-edge doctor': the provider may not have started. If all is there, update "
+                "onnxruntime-gpu.",
+            ) from error
         # UnicodeDecodeError comes from a message that quotes a damaged name.
         raise _failure(f"load {path.name}", error) from error
     for kind, expected, found in (

@@ -15,6 +15,7 @@ tensor is made of, its name says:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .tensor_names import INT8_VALUES, SCALES, VALUES, ZERO_POINTS
 
 INT4_KN, INT8_KN, SCALES_KN = ".weight_int4_kn", ".weight_int8_kn", ".scales_kn"
 WEIGHT_HALF, HALF = ".weight_half", ".half"
+_SIZE = re.compile(r"([1-9]\d{0,8})x([1-9]\d{0,8})", re.ASCII)
 # Nibbles and bytes that stand for zero, where a matrix has no zero points of its own.
 _ZERO_INT4, _ZERO_INT8 = 8, 128
 
@@ -33,8 +35,8 @@ Bytes = npt.NDArray[np.uint8]
 
 def sources(name: str) -> tuple[str, ...]:
     """The tensors that ``name`` is made of; the last of several may be absent."""
-    layer, found, _ = name.partition(SCALES_KN)
-    if found:
+    layer, size = _scales_name(name)
+    if size is not None:
         return (layer + SCALES,)
     for suffix, parts in (
         (INT4_KN, (VALUES,)),
@@ -57,21 +59,26 @@ def standard_bytes(name: str, shape: tuple[int, ...], parts: Sequence[Bytes | No
     Raises:
         ValueError: these are not as many as such a tensor is made of.
     """
-    first, *others = [part for part in parts if part is not None]
+    first, *others = parts
+    if first is None:
+        raise ValueError(f"there is nothing to make {name} of")
+    _, size = _scales_name(name)
+    if len(shape) != 2 and (size is not None or name.endswith((INT4_KN, INT8_KN, WEIGHT_HALF))):
+        raise ValueError(f"{name} is no matrix")
     if name.endswith(INT4_KN):
         return packed_int4(_filled(_nibbles(first.reshape(-1, shape[0] // 2)), shape[1], _ZERO_INT4))
     if name.endswith(INT8_KN):
         levels = _filled(first.reshape(-1, shape[0]), shape[1], _ZERO_INT8)
         return _bytes((levels ^ np.uint8(_ZERO_INT8)).T)
-    if SCALES_KN in name:
-        return _scales(name, first, *shape)
+    if size is not None:
+        return _scales(first, size, *shape)
     if name.endswith(WEIGHT_HALF):
-        scales, zero_points = (*others, None)[:2]
-        if scales is None:
+        by_group, zero_points = (*others, None)[:2]
+        if by_group is None:
             raise ValueError(f"there are no scales for {name}")
-        return _bytes(_dequantized(first, scales, zero_points, shape[1])[:, : shape[0]].T.astype(np.float16))
+        return _half(_dequantized(first, by_group, zero_points, shape[1])[:, : shape[0]].T)
     if name.endswith(HALF):
-        return _bytes(first.view(np.float32).astype(np.float16))
+        return _half(first.view(np.float32))
     return first
 
 
@@ -87,14 +94,30 @@ def packed_int4(levels: npt.NDArray[np.uint8]) -> Bytes:
 
 def _filled(rows: npt.NDArray[Any], count: int, value: float) -> npt.NDArray[Any]:
     """``[count, ...]``: the rows, and then such that hold ``value``."""
-    if len(rows) == count:
-        return rows
+    if len(rows) > count:
+        raise ValueError(f"{len(rows)} rows do not fit {count}")
     return np.concatenate([rows, np.full((count - len(rows), *rows.shape[1:]), value, rows.dtype)])
 
 
-def _scales(name: str, stored: Bytes, blocks: int, columns: int) -> Bytes:
-    """float16 ``[blocks, columns]`` of ``[rows, groups]``."""
-    rows, groups = map(int, name.rpartition(".")[2].split("x"))
+def _half(values: npt.NDArray[np.float32]) -> Bytes:
+    with np.errstate(over="ignore"):  # an export refuses what is infinite then
+        return _bytes(values.astype(np.float16))
+
+
+def _scales_name(name: str) -> tuple[str, str | None]:
+    """The layer and the size in a name of scales; no size in any other name."""
+    layer, found, size = name.rpartition(f"{SCALES_KN}.")
+    return (layer, size) if found and "." not in size else (name, None)
+
+
+def _scales(stored: Bytes, size: str, blocks: int, columns: int) -> Bytes:
+    """float16 ``[blocks, columns]`` of ``[rows, groups]``, whose ``size`` is "<rows>x<groups>"."""
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise ValueError(f"{size!r} is no number of rows and groups")
+    rows, groups = int(match[1]), int(match[2])
+    if blocks % groups or rows > columns:
+        raise ValueError(f"{rows} x {groups} scales do not fill {blocks} x {columns}")
     by_block = np.repeat(stored.view(np.float16).reshape(rows, groups), blocks // groups, axis=1)
     return _bytes(_filled(by_block, columns, 0).T)
 

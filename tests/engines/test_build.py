@@ -475,9 +475,9 @@ def list_another_place(engine: Path) -> None:
     listing.write_text(listing.read_text().replace('"decoder.engine"', '"../decoder.engine"'))
 
 
-def put_a_file_in_place_of_the_folder(engine: Path) -> None:
-    shutil.rmtree(engine.parent)
-    engine.parent.write_text("")
+def list_other_positions(engine: Path) -> None:
+    listing = engine.parent / "engines.json"
+    listing.write_text(listing.read_text().replace('"context": 2048', '"context": 300'))
 
 
 @pytest.mark.parametrize(
@@ -490,6 +490,7 @@ def put_a_file_in_place_of_the_folder(engine: Path) -> None:
         damage_the_listing,
         empty_the_listing,
         list_another_place,
+        list_other_positions,
     ],
 )
 def test_engines_that_were_damaged_are_built_again(

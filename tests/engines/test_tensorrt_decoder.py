@@ -310,11 +310,12 @@ def test_the_second_step_of_a_kind_is_captured_and_launched_from_then_on(trt: Fa
             state.step(token)
             seen.append((gpu.captured, gpu.launched))
         # Behind 256 positions twice as many are attended to: another graph.
-        assert seen == [(0, 0), *((1, n) for n in range(1, 8)), (1, 7), *((2, n) for n in range(8, 11))]
+        assert seen == [(0, 0), *((1, n) for n in range(7)), (1, 6), *((2, n) for n in range(6, 9))]
         state.steps([5, 6])
         state.steps([5, 6])
-        assert (gpu.captured, gpu.launched) == (3, 11)
-        assert len(trt.engines["decoder"].runs) == 1 + 12 + 2
+        assert (gpu.captured, gpu.launched) == (3, 8)
+        # The first run of a context of its own, before it is captured, is that of the step once more.
+        assert len(trt.engines["decoder"].runs) == 1 + 12 + 2 + 3
 
 
 def test_launched_steps_compute_what_plain_ones_do(trt: FakeTensorRt) -> None:
@@ -326,7 +327,7 @@ def test_launched_steps_compute_what_plain_ones_do(trt: FakeTensorRt) -> None:
             one.prefill(rows(decoder, 240))
         for token in range(40):
             np.testing.assert_array_equal(state.step(token), expected.step(token))
-    assert trt.cuda.launched == 38
+    assert trt.cuda.launched == 36
 
 
 def test_prompts_are_not_captured(trt: FakeTensorRt) -> None:
@@ -555,5 +556,5 @@ def test_a_bundle_in_fp32_runs_on_the_processor_alone(
     fresh: FakeTensorRt, tiny_bundle_fp32: Path, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("biomedgpt_edge.ort_cuda.require_cuda", lambda: None)
-    with pytest.raises(OptionError, match=r"holds no graphs for .*precision int4 or fp16"):
+    with pytest.raises(OptionError, match=r"holds no (graphs|standard graph).*precision int4 or fp16"):
         Engine.load(tiny_bundle_fp32, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.layouts import GpuGraphs
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.relayout import relayout
+from support import bounded_memory
 
 STANDARD = ["decoder-standard.onnx", "molecule_encoder-standard.onnx", "protein_encoder-standard.onnx"]
 CUDA = ["decoder-cuda.onnx", "protein_encoder-cuda.onnx"]
@@ -428,6 +430,75 @@ def test_what_is_to_be_derived_may_not_lie_in_the_bundle(copied: Path) -> None:
         Bundle.open(copied)
 
 
+def reshape(name: str, dims: list[int], length: str | None = None) -> Callable[[GraphProto], None]:
+    """Gives a tensor other dimensions, and another length where it lies outside."""
+
+    def change(graph: GraphProto) -> None:
+        tensor = next(tensor for tensor in graph.initializer if tensor.name.startswith(name))
+        tensor.dims[:] = dims
+        for entry in tensor.external_data:
+            if entry.key == "length" and length is not None:
+                entry.value = length
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        reshape("lm_head.weight_int4_kn", [0, 2**34], "0"),
+        reshape("lm_head.weight_int4_kn", [2**34, 2**34]),
+        reshape("layers.0.input_layernorm.weight", [2**40]),
+        reshape("layers.0.input_layernorm.weight", [2**40, 0]),
+    ],
+    ids=["empty", "larger than its bytes", "larger than its bytes, inside", "empty, inside"],
+)
+def test_a_tensor_that_is_not_as_large_as_it_says_is_refused_wherever_it_lies(
+    copied: Path, change: Callable[[GraphProto], None]
+) -> None:
+    install(copied, change, STANDARD[0])
+    with (
+        bounded_memory(50_000_000),
+        pytest.raises(BundleCorruptError, match=r"decoder-standard\.onnx contradicts itself"),
+    ):
+        Bundle.open(copied)
+
+
+def test_a_portable_graph_cannot_ask_for_more_by_the_name_of_a_standard_tensor(copied: Path) -> None:
+    """Nothing says how large that is but the graph."""
+
+    def change(graph: GraphProto) -> None:
+        rename("layers.0.o_proj.weight_int4", "layers.0.o_proj.weight_int4_kn")(graph)
+        reshape("layers.0.o_proj.weight_int4_kn", [128, 2**33])(graph)
+        for node in graph.node:
+            if "layers.0.o_proj.weight_int4_kn" in node.input:
+                node.op_type, node.domain = "Identity", ""
+                node.ClearField("attribute")
+                del node.input[1:]
+
+    install(copied, change, "decoder-portable.onnx")
+    with (
+        bounded_memory(50_000_000),
+        pytest.raises(BundleCorruptError, match=r"decoder-portable\.onnx contradicts itself"),
+    ):
+        Bundle.open(copied)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [lambda count: [count], lambda count: [2, count // 4, 2], lambda count: [1, count], lambda count: [count, 1]],
+    ids=["one dimension", "three", "one block", "one column"],
+)
+def test_scales_of_another_shape_are_refused_when_they_are_derived(
+    copied: Path, split: Callable[[int], list[int]]
+) -> None:
+    shapes = read_header(copied / STANDARD[0]).shapes
+    scales = next(name for name in shapes if name.startswith("lm_head.scales_kn"))
+    install(copied, reshape(scales, split(math.prod(shapes[scales] or ()))), STANDARD[0])
+    with pytest.raises(BundleCorruptError, match=r"cannot be made of what the bundle holds|was derived with"):
+        derive(copied)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -436,7 +507,8 @@ def test_what_is_to_be_derived_may_not_lie_in_the_bundle(copied: Path) -> None:
         (set_standard("decoder", graph="decoder.data"), r"'manifest\.decoder\.standard\.graph' .* does not end in"),
         (set_standard("decoder", graph="decoder-cuda.onnx"), "gives two parts the same graph"),
         (set_standard("decoder", graph="protein_encoder-standard.onnx"), "gives two parts the same graph"),
-        (set_standard("decoder", graph="decoder.onnx"), r"lists decoder\.data, which is to be derived"),
+        (set_standard("decoder", graph="decoder.onnx"), "gives two parts the same graph"),
+        (lambda fields: fields["decoder"].update(cuda="decoder.onnx"), "gives two parts the same graph"),
         (lambda fields: fields["decoder"].update(cuda="elsewhere.onnx"), "uses 'elsewhere.onnx' but does not list it"),
         (lambda fields: fields["decoder"].update(cuda="manifest.json"), r"'manifest\.decoder\.cuda' .* not end in"),
         (lambda fields: fields["decoder"].update(cuda=7), r"'manifest\.decoder\.cuda'"),

@@ -17,7 +17,7 @@ import pytest
 
 from biomedgpt_edge import Engine, Molecule, Protein, _native, int4_ops
 from biomedgpt_edge.bench.limits import Limits
-from biomedgpt_edge.bench.stages import drop_from_page_cache
+from biomedgpt_edge.bench.stages import LoadOptions, drop_from_page_cache
 from biomedgpt_edge.bench.suite import Plan, Suite
 from biomedgpt_edge.bench.work import prefill_work
 from biomedgpt_edge.bundle import Bundle
@@ -281,6 +281,14 @@ def records_alone(records: Path, tmp_path: Path) -> Path:
     return path
 
 
+def test_records_alone_are_in_records_already(records_alone: Path, tmp_path: Path) -> None:
+    """There is no portable graph whose data one for CUDA could share."""
+    with pytest.raises(ExportError, match="is in records already"):
+        relayout(records_alone, tmp_path / "again", "records", silent)
+    made = relayout(records_alone, tmp_path / "portable", "portable", silent)
+    assert made.decoder.cuda is not None
+
+
 def test_a_bundle_without_a_portable_graph_works_as_before(records_alone: Path) -> None:
     with Engine.load(records_alone, threads=1) as engine:
         assert engine.ask("What is a protein?", max_new_tokens=2).token_ids
@@ -426,10 +434,10 @@ def test_a_cold_load_is_cold_for_what_was_derived_too(records: Path, monkeypatch
         os, "posix_fadvise", lambda handle, *_: dropped.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
     )
     Engine.load(records, threads=1, decoder="portable").close()
-    drop_from_page_cache(records, "auto")
+    drop_from_page_cache(records, LoadOptions(decoder="auto", kv_cache=None, device="cpu"))
     assert "decoder.data" in dropped
     assert "decoder-portable.data" not in dropped
-    drop_from_page_cache(records, "portable")
+    drop_from_page_cache(records, LoadOptions(decoder="portable", kv_cache=None, device="cpu"))
     assert "decoder-portable.data" in dropped
 
 

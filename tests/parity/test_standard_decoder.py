@@ -5,6 +5,7 @@ The graphs run on ONNX Runtime's CPU provider; new KV caches hold garbage (see `
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import shutil
@@ -268,6 +269,28 @@ def test_a_cache_is_given_back_once_and_not_used_afterwards(built: Builds) -> No
     for use in (lambda: state.step(0), lambda: state.reserve(1), state.key_values):
         with pytest.raises(ClosedError):
             use()
+
+
+def test_a_state_that_is_dropped_gives_its_cache_back(built: Builds) -> None:
+    one = built("plain")
+    before = one.runner.caches
+    state = one.open()
+    state.prefill(one.embeddings[:3])
+    assert one.runner.caches == before + 1
+    del state
+    gc.collect()
+    assert one.runner.caches == before
+
+
+def test_more_keys_and_values_than_a_state_has_room_for_are_refused(built: Builds) -> None:
+    one = built("plain")
+    with one.open() as state:
+        state.prefill(one.embeddings[:8])
+        start = state.key_values()
+    before = one.runner.caches
+    with pytest.raises(ValueError, match="8 positions do not fit a KV cache of 5"):
+        one.open(5, start)
+    assert one.runner.caches == before
 
 
 @pytest.mark.parametrize(

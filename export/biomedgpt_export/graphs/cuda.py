@@ -18,7 +18,11 @@ _HALF = ".half"
 
 
 def write_cuda(source: Path, target: Path) -> None:
-    """Writes the portable graph ``source``, its data wherever, to ``target``, beside it and over the same weights."""
+    """Writes the portable graph ``source``, its data wherever, to ``target``, beside it and over the same weights.
+
+    Raises:
+        FileExistsError: there is a ``target`` already.
+    """
     model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
     nodes = list(_Half(graph).nodes())
@@ -28,7 +32,8 @@ def write_cuda(source: Path, target: Path) -> None:
         if _is_cache(value.name):
             value.type.tensor_type.elem_type = TensorProto.FLOAT16
     graph.name = target.stem
-    target.write_bytes(model.SerializeToString(deterministic=True))
+    with target.open("xb") as file:
+        file.write(model.SerializeToString(deterministic=True))
 
 
 def _is_cache(name: str) -> bool:

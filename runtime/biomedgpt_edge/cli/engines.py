@@ -8,7 +8,8 @@ import time
 
 from ..bundle import Bundle
 from ..engine import DEMO_BUNDLE
-from ..tensorrt.build import GPU, engines_for, find_target, plan_engines
+from ..errors import PlatformError
+from ..tensorrt.build import GPU, Target, engines_for, find_target, plan_engines
 from .output import tell
 
 
@@ -34,11 +35,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _target(device: str) -> Target:
+    try:
+        return find_target(device)
+    except PlatformError as error:
+        if device != GPU:
+            raise
+        remedy = f"{error.remedy} For the GPU of another machine, give its compute capability: --device sm89."
+        raise PlatformError(error.message, seen=error.seen, limit=error.limit, remedy=remedy) from error
+
+
 def run(options: argparse.Namespace) -> int:
     """Builds, and prints where the engines lie."""
     started = time.perf_counter()
     bundle = Bundle.open(options.bundle or DEMO_BUNDLE)
-    plan = plan_engines(bundle, find_target(options.device), options.context)
+    plan = plan_engines(bundle, _target(options.device), options.context)
     lines = list[str]()
 
     def report(line: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..cuda import Buffer, Stream
+from ..errors import PlatformError
 from .kv_cache import KvLayout, Values
 
 
@@ -28,36 +30,49 @@ class GpuCaches:
     """Makes them, and keeps one for the next answer.
 
     Args:
-        dropped: is told the number of a cache whose memory goes.
+        dropped: a method that is told the number of a cache whose memory goes.
     """
 
     def __init__(self, kv: KvLayout, capacity: int, stream: Stream, dropped: Callable[[int], None]) -> None:
         self._kv = kv
         self._capacity = capacity
         self._stream = stream
-        self._dropped = dropped
+        # Its object holds this one: together they would wait for the collector, and the memory of a GPU with them.
+        self._dropped = weakref.WeakMethod(dropped)
         self._free: list[GpuCache] = []
         self._numbers = itertools.count()
 
     def new(self) -> GpuCache:
-        """One that was given back, as it is, or one of zeros: what it holds counts for nothing if it is a number.
+        """One of zeros: a mask hides numbers, and no NaN that an answer may have left.
 
         Raises:
             PlatformError: the GPU has no memory for it.
         """
-        if self._free:
-            return self._free.pop()
-        cache = GpuCache(Buffer(self._kv.bytes(self._capacity), "a KV cache"), next(self._numbers))
-        cache.buffer.clear(self._stream)
-        self._stream.wait()
-        return cache
+        with self._stream.lock:
+            if self._free:
+                cache = self._free.pop()
+            else:
+                cache = GpuCache(Buffer(self._kv.bytes(self._capacity), "a KV cache"), next(self._numbers))
+            try:
+                cache.buffer.clear(self._stream)
+                self._stream.wait()
+            except PlatformError:
+                self._discard(cache)
+                raise
+            return cache
 
     def free(self, cache: GpuCache) -> None:
         """Keeps it where none is kept yet, and frees it otherwise."""
-        if not self._free:
-            self._free.append(cache)
-            return
-        self._dropped(cache.number)
+        with self._stream.lock:
+            if not self._free:
+                self._free.append(cache)
+                return
+            self._discard(cache)
+
+    def _discard(self, cache: GpuCache) -> None:
+        dropped = self._dropped()
+        if dropped is not None:
+            dropped(cache.number)
         cache.buffer.close()
 
     def addresses(self, cache: GpuCache) -> dict[str, int]:
@@ -69,16 +84,18 @@ class GpuCaches:
         """The first positions, as :meth:`KvLayout.stacked` says."""
         values = np.empty(self._kv.stacked(positions), self._kv.dtype)
         if positions:
-            self._stream.download_rows(self._by_head(values), cache.buffer.pointer, self._pitch)
-            self._stream.wait()
+            with self._stream.lock:
+                self._stream.download_rows(self._by_head(values), cache.buffer.pointer, self._pitch)
+                self._stream.wait()
         return values
 
     def write(self, cache: GpuCache, values: Values) -> None:
         """The inverse of :meth:`read`."""
         if values.shape[2]:
             rows = np.ascontiguousarray(self._by_head(values))
-            self._stream.upload_rows(cache.buffer.pointer, self._pitch, rows)
-            self._stream.wait()
+            with self._stream.lock:
+                self._stream.upload_rows(cache.buffer.pointer, self._pitch, rows)
+                self._stream.wait()
 
     @property
     def _pitch(self) -> int:

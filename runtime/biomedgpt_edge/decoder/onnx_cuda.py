@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import onnxruntime as ort
 from ..bundle import Bundle
 from ..cuda import Buffer, Stream, pinned
 from ..device_cache import Verify
-from ..errors import OptionError
+from ..errors import BioMedGPTError, OptionError
 from ..generate import PREFILL_CHUNK
 from ..manifest import DecoderSpec, ProteinEncoderSpec
 from ..ort_cuda import PROVIDER, open_cuda_session
@@ -32,19 +30,13 @@ from .static_kv import StaticState
 TILE = 16
 # Rows of logits in one call: a token and those that may be drafted behind it.
 STEP_TOKENS = 1 + DRAFT
+# Where everything is bound but one length.
+_GPU = ("cuda", 0)
 # Of runs that are not to become CUDA graphs.
 _NO_GRAPH = "-1"
 # By which a step may differ when it is launched as a CUDA graph: kernels may be chosen otherwise, in float16.
 _TOLERANCE = 1e-2
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where arrays are bound: "cuda" but in tests."""
-
-    device: str = "cuda"
-    number: int = 0
 
 
 class CudaDecoder:
@@ -71,14 +63,12 @@ class CudaDecoder:
         self._stream = Stream()
         inputs, outputs = _signature(self.spec, self.kv)
         self._session = open_cuda_session(path, inputs=inputs, outputs=outputs, stream=self._stream, cuda_graphs=True)
-        self._place = _Place()
         self._buffers = _Buffers(self.spec)
         self._caches = GpuCaches(self.kv, self.capacity, self._stream, self._forget)
         self._bindings = dict[tuple[int, int, int], ort.IOBinding]()
-        self._graphs = dict[int, str]()
+        self._graphs = dict[int, int]()
         self._numbers = itertools.count(1)
         self._capturing = True
-        self._running = threading.Lock()
         self._check_graphs()
 
     def open(self, capacity: int, start: KeyValues | None = None) -> StaticState:
@@ -108,7 +98,7 @@ class CudaDecoder:
 
     def run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
         """See :class:`Runner`."""
-        with self._running:
+        with self._stream.lock:
             return self._run(cache, embeddings, start, wanted)
 
     def _run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
@@ -124,8 +114,9 @@ class CudaDecoder:
             if length <= STEP_TOKENS:
                 self._bindings[key] = binding
         options = ort.RunOptions()
-        graph = self._graphs.setdefault(cache.number, str(next(self._numbers))) if captured else _NO_GRAPH
-        options.add_run_config_entry("gpu_graph_id", graph)
+        if captured and cache.number not in self._graphs:
+            self._graphs[cache.number] = next(self._numbers)
+        options.add_run_config_entry("gpu_graph_id", str(self._graphs[cache.number]) if captured else _NO_GRAPH)
         with running(self.spec.graph):
             self._session.run_with_iobinding(binding, options)
         logits = buffers.host_logits[:count]
@@ -137,25 +128,28 @@ class CudaDecoder:
 
     def _bind(self, cache: GpuCache, length: int, count: int) -> ort.IOBinding:
         binding, spec, buffers = self._session.io_binding(), self.spec, self._buffers
-        device, number = self._place.device, self._place.number
         for name, dtype, shape, buffer in (
             ("inputs_embeds", np.float32, [1, length, spec.hidden_size], buffers.embeddings),
             ("logit_positions", np.int64, [count], buffers.wanted),
             ("seqlens_k", np.int32, [1], buffers.last),
         ):
-            binding.bind_input(name, device, number, dtype, shape, buffer.pointer)
+            binding.bind_input(name, *_GPU, dtype, shape, buffer.pointer)
         # The provider reads this one on the processor.
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, [], buffers.total.ctypes.data)
-        binding.bind_output("logits", device, number, np.float32, [count, spec.vocabulary], buffers.logits.pointer)
+        binding.bind_output("logits", *_GPU, np.float32, [count, spec.vocabulary], buffers.logits.pointer)
         shape = list(self.kv.shape(self.capacity))
         for name, address in self._caches.addresses(cache).items():
-            binding.bind_input(f"past_{name}", device, number, np.float16, shape, address)
-            binding.bind_output(f"present_{name}", device, number, np.float16, shape, address)
+            binding.bind_input(f"past_{name}", *_GPU, np.float16, shape, address)
+            binding.bind_output(f"present_{name}", *_GPU, np.float16, shape, address)
         return binding
 
     def _forget(self, number: int) -> None:
-        self._bindings = {key: binding for key, binding in self._bindings.items() if key[0] != number}
-        self._graphs.pop(number, None)
+        with self._stream.lock:
+            self._bindings = {key: binding for key, binding in self._bindings.items() if key[0] != number}
+            graph = self._graphs.pop(number, None)
+            # Older versions of ONNX Runtime keep a captured graph as long as the session.
+            if graph is not None and hasattr(self._session, "release_captured_graph"):
+                self._session.release_captured_graph(graph)
 
     def _check_graphs(self) -> None:
         """Compares steps as CUDA graphs with plain ones, at two lengths, and gives them up where they differ."""
@@ -166,8 +160,15 @@ class CudaDecoder:
             logits = dict[bool, list[Logits]]()
             for captured in (False, True):
                 self._capturing = captured
-                self.run(cache, given[:3], 0, last)
-                logits[captured] = [self.run(cache, given[at : at + 1], at, last) for at in (3, 4, 5)]
+                try:
+                    self.run(cache, given[:3], 0, last)
+                    logits[captured] = [self.run(cache, given[at : at + 1], at, last) for at in (3, 4, 5)]
+                except BioMedGPTError as error:
+                    if not captured:
+                        raise
+                    _log.warning("no CUDA graphs: %s", error.message)
+                    self._capturing = False
+                    return
         for plain, graph in zip(logits[False], logits[True], strict=True):
             difference = float(np.abs(plain - graph).max()) / max(float(np.abs(plain).max()), 1e-9)
             if not difference <= _TOLERANCE:

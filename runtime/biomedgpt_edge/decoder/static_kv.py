@@ -5,6 +5,7 @@ What runs the graph is a :class:`Runner`; of the engine behind it nothing is kno
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ClosedError, KernelArgumentError, PromptTooLongError
+from ..generate import PREFILL_CHUNK
 from ..manifest import DecoderSpec
 from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
@@ -99,6 +101,8 @@ class StaticState:
         self._capacity = capacity
         self._length = 0
         self._cache: Any = runner.new_cache()
+        # A state that is dropped and not closed gives its cache back, too.
+        self._give_back = weakref.finalize(self, runner.free_cache, self._cache)
         if start is not None:
             self._begin(start, kv)
 
@@ -126,7 +130,11 @@ class StaticState:
 
     def prefill(self, embeddings: Embeddings) -> Logits:
         """See :class:`DecoderState`."""
-        logits: Logits = self._run(embeddings, np.array([len(embeddings) - 1], np.int64))[0]
+        # No run takes more positions at once; those that cannot all be appended are refused before any is.
+        self.reserve(self._length + len(embeddings))
+        for begin in range(0, max(1, len(embeddings)), PREFILL_CHUNK):
+            chunk = embeddings[begin : begin + PREFILL_CHUNK]
+            logits: Logits = self._run(chunk, np.array([len(chunk) - 1], np.int64))[0]
         return logits
 
     def step(self, token: int) -> Logits:
@@ -153,9 +161,8 @@ class StaticState:
 
     def close(self) -> None:
         """See :class:`DecoderState`."""
-        cache, self._cache = self._cache, None
-        if cache is not None:
-            self._runner.free_cache(cache)
+        self._cache = None
+        self._give_back()
 
     def __enter__(self) -> StaticState:
         return self
@@ -173,6 +180,9 @@ class StaticState:
                 f"{kv.dtype}{list(kv.stacked(start.positions))}.",
                 remedy="Begin with keys and values of the same decoder.",
             )
+        if start.positions > self._capacity:
+            self.close()
+            raise ValueError(f"{start.positions} positions do not fit a KV cache of {self._capacity}")
         self._runner.write(self._cache, start.array)
         self._length = start.positions
 

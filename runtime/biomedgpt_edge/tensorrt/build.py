@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..available_memory import available_memory
 from ..bundle import Bundle
@@ -206,9 +209,16 @@ def plan_engines(bundle: Bundle, target: Target, context: int | None = None) -> 
             remedy="Leave it out for the model's own.",
         )
     derivations = of_standard(bundle)
-    if spec.standard is None:
+    manifest = bundle.manifest
+    there = {
+        "decoder": spec,
+        "molecule encoder": manifest.molecule_encoder,
+        "protein encoder": manifest.protein_encoder,
+    }
+    lacking = [part for part, one in there.items() if one is not None and one.standard is None]
+    if lacking:
         raise OptionError(
-            f"{bundle.path} holds no graphs for TensorRT.",
+            f"{bundle.path} holds no standard graph, for TensorRT, of its {' and '.join(lacking)}.",
             seen=bundle.manifest.precision,
             remedy="Export it with this version and precision int4 or fp16, or add them with 'biomedgpt-export "
             "relayout' on a workstation.",
@@ -337,10 +347,10 @@ def build_engine(
         for name, shapes in profile.shapes.items():
             added.set_shape(name, *shapes)
         config.add_optimization_profile(added)
-    with out.open("xb") as file:
+    with out.open("xb") as file, _interrupting(monitor):
         built = _build(api, builder, network, config, file)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+    if monitor.error is not None:
+        raise monitor.error
     if not built:
         raise PlatformError(
             f"{library.name} cannot build {graph.name}: {'; '.join(library.messages.errors[-2:]) or 'it says no why'}.",
@@ -350,17 +360,43 @@ def build_engine(
     return read_layers(library.messages.layers)
 
 
-def _build(api: Any, builder: Any, network: Any, config: Any, file: Any) -> bool:
-    """Writes an engine to ``file``, piece by piece where the library can: whole, it lies in memory once more."""
+@contextlib.contextmanager
+def _interrupting(monitor: Any) -> Iterator[None]:
+    """Ctrl-C ends a build at its next step: the exception would be lost in whatever the library calls just then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: object) -> None:
+        monitor.error = KeyboardInterrupt()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _build(api: Any, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
+    """Writes an engine to ``file``, piece by piece where the library can: whole, it lies in memory once more.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if hasattr(builder, _STREAMED):
-        return bool(builder.build_serialized_network_to_stream(network, config, _writer(api, file)))
+        writer = _writer(api, file)
+        built = bool(builder.build_serialized_network_to_stream(network, config, writer))
+        # The library goes on where a piece could not be written.
+        if writer.error is not None:
+            raise writer.error
+        return built
     whole = builder.build_serialized_network(network, config)
     if whole is not None:
         file.write(memoryview(whole))
     return whole is not None
 
 
-def _writer(api: Any, file: Any) -> Any:
+def _writer(api: Any, file: BinaryIO) -> Any:
     base = api.IStreamWriter
 
     class Writer(base):  # type: ignore[misc, valid-type]
@@ -368,9 +404,15 @@ def _writer(api: Any, file: Any) -> Any:
 
         def __init__(self) -> None:
             base.__init__(self)
+            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            return int(file.write(data))
+            # No exception may cross the library.
+            try:
+                return file.write(data) if self.error is None else 0
+            except OSError as error:
+                self.error = error
+                return 0
 
     return Writer()
 
@@ -391,11 +433,15 @@ def _monitor(api: Any, tell: Report) -> Any:
     base = api.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc, valid-type]
-        """Tells how far a build is; ends it where Ctrl-C is pressed, which reaches Python in these calls alone."""
+        """Tells how far a build is, and ends it where there is a reason to.
+
+        Attributes:
+            error: the reason.
+        """
 
         def __init__(self) -> None:
             base.__init__(self)
-            self.interrupted = False
+            self.error: BaseException | None = None
             self._steps = dict[str, int]()
             self._started = self._told = time.monotonic()
 
@@ -403,15 +449,15 @@ def _monitor(api: Any, tell: Report) -> Any:
             self._steps[name] = steps
 
         def step_complete(self, name: str, step: int) -> bool:
-            # No exception may cross the library.
-            try:
-                now = time.monotonic()
-                if now - self._told >= _SECONDS_BETWEEN_LINES:
-                    self._told = now
+            now = time.monotonic()
+            if self.error is None and now - self._told >= _SECONDS_BETWEEN_LINES:
+                self._told = now
+                # No exception may cross the library.
+                try:
                     tell(f"{now - self._started:.0f} s, {name.lower()}, {step + 1} of {self._steps.get(name, '?')}")
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+                except OSError as error:
+                    self.error = error
+            return self.error is None
 
         def phase_finish(self, name: str) -> None:
             pass

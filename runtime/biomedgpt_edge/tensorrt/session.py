@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from .profiles import Profile, profile_for
 from .store import RUNTIME_CACHE
 
 Array = npt.NDArray[Any]
+_Key = tuple[Any, ...]
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A run, captured, and the context that it belongs to."""
+
+    context: Any
+    capture: Capture
 
 
 class EngineSession:
@@ -52,7 +61,6 @@ class EngineSession:
     ) -> None:
         self._library = library
         self._profiles = list(profiles)
-        self._lock = threading.Lock()
         self.stream = Stream()
         library.messages.begin()
         self._runtime = library.api.Runtime(library.logger)
@@ -76,7 +84,8 @@ class EngineSession:
             for name, count in rows.items()
             if name in self._names("OUTPUT", shared)
         }
-        self._captures = dict[tuple[Any, ...], Capture | None]()
+        self._seen = set[_Key]()
+        self._graphs = dict[_Key, _Graph]()
         self._capturing = library.flavour == "tensorrt"
         self._ran = set[int]()
 
@@ -103,28 +112,30 @@ class EngineSession:
         index = profile_for(self._profiles, length)
         if index is None:
             raise ValueError(f"no profile takes {length} positions")
-        with self._lock:
-            context = self._contexts[index]
+        with self.stream.lock:
             for name, array in inputs.items():
-                memory, buffer = self._inputs.get(name) or self._fixed[name]
-                staged = memory[: array.size].reshape(array.shape)
-                np.copyto(staged, array, casting="no")
-                self.stream.upload(buffer.pointer, staged)
-                self._require(context.set_input_shape(name, array.shape), f"take {name} of {list(array.shape)}")
-            for name, pointer in (shared or {}).items():
-                self._require(context.set_tensor_address(name, pointer), f"take the address of {name}")
-            self._enqueue(context, None if key is None else (index, *key))
-            found = {}
-            for name, shape in outputs.items():
-                memory, buffer = self._outputs[name]
-                found[name] = memory[: math.prod(shape)].reshape(shape)
-                self.stream.download(found[name], buffer.pointer)
+                self._upload(name, array)
+            shapes = {name: array.shape for name, array in inputs.items()}
+            self._enqueue(index, shapes, shared or {}, None if key is None else (index, *key))
+            found = {name: self._download(name, shape) for name, shape in outputs.items()}
             self.stream.wait()
             if index not in self._ran:
                 self._ran.add(index)
                 self._save_runtime_cache()
             # Another thread may run it next, in the same memory.
             return {name: array.copy() for name, array in found.items()}
+
+    def _upload(self, name: str, array: Array) -> None:
+        memory, buffer = self._inputs.get(name) or self._fixed[name]
+        staged = memory[: array.size].reshape(array.shape)
+        np.copyto(staged, array, casting="no")
+        self.stream.upload(buffer.pointer, staged)
+
+    def _download(self, name: str, shape: tuple[int, ...]) -> Array:
+        memory, buffer = self._outputs[name]
+        found: Array = memory[: math.prod(shape)].reshape(shape)
+        self.stream.download(found, buffer.pointer)
+        return found
 
     def _save_runtime_cache(self) -> None:
         """Keeps what was compiled for this GPU when a profile ran first: the next start does not compile it again."""
@@ -139,35 +150,49 @@ class EngineSession:
                 partial.write_bytes(memoryview(data))
                 partial.replace(self._cache_file)
 
-    def _enqueue(self, context: Any, key: tuple[Any, ...] | None) -> None:
-        """Puts a run into the stream: the second one with a key is captured, those after it are launched at once."""
+    def _enqueue(
+        self, index: int, shapes: Mapping[str, tuple[int, ...]], shared: Mapping[str, int], key: _Key | None
+    ) -> None:
+        """Puts a run into the stream; one whose key comes for the second time becomes a CUDA graph, from then on."""
+        if key is not None and key in self._graphs:
+            self._graphs[key].capture.launch()
+            return
+        self._execute(self._contexts[index], shapes, shared)
         if key is None or not self._capturing:
-            self._execute(context)
             return
-        if key not in self._captures:
-            self._execute(context)  # what is chosen and allocated at first must not be captured
-            self._captures[key] = None
+        if key not in self._seen:
+            self._seen.add(key)
             return
-        capture = self._captures[key]
-        if capture is None:
-            try:
-                with Capture(self.stream) as capture:
-                    self._execute(context)
-            except PlatformError as error:
-                _log.warning("no CUDA graphs: %s", error.message)
-                self._capturing = False
-                self._execute(context)
-                return
-            self._captures[key] = capture
-        capture.launch()
+        try:
+            self._graphs[key] = self._captured(index, shapes, shared)
+        except PlatformError as error:
+            _log.warning("no CUDA graphs: %s", error.message)
+            self._capturing = False
 
-    def _execute(self, context: Any) -> None:
+    def _captured(self, index: int, shapes: Mapping[str, tuple[int, ...]], shared: Mapping[str, int]) -> _Graph:
+        """A run as a CUDA graph, with a context of its own: what a context chose for other shapes would be lost."""
+        context = self._context(index)
+        for name, (_, buffer) in (self._inputs | self._fixed | self._outputs).items():
+            self._require(context.set_tensor_address(name, buffer.pointer), f"take the address of {name}")
+        # What is chosen and copied in a context's first run must not be captured. The same run again changes nothing.
+        self._execute(context, shapes, shared)
+        self.stream.wait()
+        with Capture(self.stream) as capture:
+            self._require(context.execute_async_v3(self.stream.handle), "run an engine")
+        return _Graph(context, capture)
+
+    def _execute(self, context: Any, shapes: Mapping[str, tuple[int, ...]], shared: Mapping[str, int]) -> None:
+        for name, shape in shapes.items():
+            self._require(context.set_input_shape(name, shape), f"take {name} of {list(shape)}")
+        for name, pointer in shared.items():
+            self._require(context.set_tensor_address(name, pointer), f"take the address of {name}")
         self._require(context.execute_async_v3(self.stream.handle), "run an engine")
 
     def forget(self, key: tuple[Any, ...]) -> None:
         """Drops CUDA graphs whose keys begin so: their addresses are no longer valid."""
-        with self._lock:
-            self._captures = {known: graph for known, graph in self._captures.items() if known[1 : 1 + len(key)] != key}
+        with self.stream.lock:
+            self._graphs = {known: graph for known, graph in self._graphs.items() if known[1 : 1 + len(key)] != key}
+            self._seen = {known for known in self._seen if known[1 : 1 + len(key)] != key}
 
     def _runtime_settings(self) -> Any:
         """What ``tensorrt_rtx`` has for its contexts: CUDA graphs of its own, and kernels compiled when first run."""

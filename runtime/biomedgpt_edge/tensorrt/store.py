@@ -117,8 +117,7 @@ def new_engines(key: Key) -> Iterator[Path]:
     folder = key.folder
     partial = folder.with_name(f"{folder.name}{_PARTIAL}")
     try:
-        for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True, mode=0o700)
         try:
             yield partial
@@ -135,9 +134,16 @@ def new_engines(key: Key) -> Iterator[Path]:
     _forget_others(folder)
 
 
+def _remove(path: Path) -> None:
+    """Whatever lies there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def building(key: Key) -> contextlib.AbstractContextManager[None]:
-    """Keeps other processes from building the same meanwhile."""
-    return locked(key.folder)
+    """Keeps other processes from building engines of this bundle meanwhile: they are made of the same derived data."""
+    return locked(key.folder.with_name(key.bundle[:16]))
 
 
 def _finish(key: Key, partial: Path, folder: Path) -> None:
@@ -149,6 +155,8 @@ def _finish(key: Key, partial: Path, folder: Path) -> None:
     listing = {"key": asdict(key), "files": [asdict(entry) for entry in entries]}
     (partial / LISTING).write_text(json.dumps(listing, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     stamp(partial, entries)
+    # Those that are there serve until then, also where building new ones fails.
+    _remove(folder)
     os.rename(partial, folder)
 
 
