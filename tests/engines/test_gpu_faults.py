@@ -18,6 +18,9 @@ import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from biomedgpt_edge import Engine
+from biomedgpt_edge.bench.limits import Limits
+from biomedgpt_edge.bench.suite import Plan as BenchPlan
+from biomedgpt_edge.bench.suite import Suite
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.errors import OptionError, PlatformError, PromptTooLongError
@@ -286,3 +289,22 @@ def test_a_writer_counts_nothing_behind_a_failure(tmp_path: Path) -> None:
     assert (target.write(b"one"), target.write(b"two")) == (0, 0)
     assert file.calls == 1
     assert writer.error.errno == 28
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_compares_a_gpu_with_no_limit_of_the_processor(trt: FakeTensorRt) -> None:
+    limits = Limits(2**31, {"one stream": 3e10}, {"int8 portable": 1e12, "fp32 portable": 1e11})
+    wanted = BenchPlan(None, 1, 1, ("load", "splice", "prefill"), device="tensorrt")
+    result = Suite(wanted, silent, probing=lambda threads, size: limits).run()
+    assert (result["method"]["device"], result["model"]["decoder"], result["model"]["kv_cache"]) == (
+        "tensorrt",
+        "tensorrt",
+        "fp16",
+    )
+    stages = {stage["name"]: stage for stage in result["stages"]}
+    assert "not dropped from the page cache" in stages["load, cold"]["reason"]
+    measured = [stage for stage in result["stages"] if stage["measured"]]
+    assert {stage["group"] for stage in measured} == {"load", "splice", "prefill"}
+    assert not [metric for stage in measured for metric in stage["metrics"] if "bound" in metric]
