@@ -274,7 +274,7 @@ def _build_all(plan: Plan, report: Report) -> None:
         for part in plan.parts:
             started = time.perf_counter()
             report(f"{part.derivation.part}: unpacking {mebibytes(part.weights)}")
-            graph = derived_graph(part.derivation, "sizes")
+            graph = derived_graph(part.derivation, "once")
             try:
                 build_engine(plan.target, graph, part.profiles, folder / f"{part.name}.engine", plan.context, report)
             finally:
