@@ -38,6 +38,7 @@ from biomedgpt_export.families.biomedgpt_10b import Layout
 from biomedgpt_export.options import ExportOptions
 from fake_gpu import FakeCuda, Status
 
+REFERENCE = Path(__file__).parents[1] / "data" / "biomedgpt-tiny"
 PARTS = ["decoder", "molecule_encoder", "protein_encoder"]
 
 
@@ -114,9 +115,15 @@ def builds(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     """Builds by name, made when they are first asked for."""
     done = dict[str, Built]()
 
+    def reference() -> Path:
+        out = tmp_path_factory.mktemp("reference") / "bundle"
+        options = ExportOptions(Layout.locate(REFERENCE), out, "int4", quantizer="rtn", proof="none")
+        export_bundle(options, lambda line: None)
+        return out
+
     def built(name: str) -> Built:
         if name not in done:
-            bundle = DEMO_BUNDLE if name == "demo" else tiny_bundles(name)
+            bundle = DEMO_BUNDLE if name == "demo" else reference() if name == "reference" else tiny_bundles(name)
             options = ["--context", "300"] if name == "fp16" else []
             done[name] = run_build(tmp_path_factory.mktemp(name), bundle, *options)
         return done[name]
@@ -124,12 +131,12 @@ def builds(tiny_bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return built
 
 
-@pytest.fixture(params=["int4", "fp16", "demo"])
+@pytest.fixture(params=["int4", "fp16", "reference", "demo"])
 def any_built(request: pytest.FixtureRequest, builds: Callable[[str], Built]) -> Built:
     return builds(request.param)
 
 
-@pytest.fixture(params=["int4", "demo"])
+@pytest.fixture(params=["int4", "reference", "demo"])
 def int4_built(request: pytest.FixtureRequest, builds: Callable[[str], Built]) -> Built:
     return builds(request.param)
 

@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]}))
     else:
         for finding in findings:
-            line = f"{'ok' if finding.ok else 'NOT OK':<8}{finding.what:<18}{finding.found}"
+            mark = "NOT OK" if not finding.ok else "note" if finding.remedy else "ok"
+            line = f"{mark:<8}{finding.what:<18}{finding.found}"
             print(printable(f"{line}  -> {finding.remedy}" if finding.remedy else line))
     return 0 if all(finding.ok for finding in findings) else PlatformError.exit_code
 
