@@ -382,7 +382,8 @@ def test_bindings_are_made_once_for_each_cache_and_number_of_tokens(sessions: di
         for first in (0, 7):
             assert len(set(bindings[first + 1 : first + 5])) == 1
             assert len(set(bindings[first + 5 : first + 7])) == 1
-        assert len(set(bindings)) == 6
+        # Those of prompts are not kept, and their places in memory may be taken again.
+        assert len({*bindings[1:7], *bindings[8:14]}) == 4
 
 
 def test_bindings_and_graphs_go_with_their_cache(sessions: dict[str, PlayedSession]) -> None:
