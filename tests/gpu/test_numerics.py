@@ -19,6 +19,7 @@ from biomedgpt_edge.devices import DeviceName
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.prompt import Input
 from biomedgpt_export.parity import ExactArithmetic
+from engine_answers import ANSWERS
 
 pytestmark = pytest.mark.gpu
 
@@ -92,15 +93,10 @@ def test_the_first_logits_are_near_those_of_float32(exact: Engine, gpu: Engine, 
     assert np.abs(found - expected).max() <= LOGITS * np.abs(expected).max()
 
 
-def test_turns_of_a_chat_go_on_from_the_kv_cache(cpu: Engine, gpu: Engine) -> None:
-    answers = []
-    for engine in (cpu, gpu):
-        chat = engine.chat()
-        first = chat.ask(*_turn("ethanol"), max_new_tokens=24)
-        second = chat.ask("How many carbon atoms does it have?", max_new_tokens=24)
-        assert second.timings.cached_tokens > 0
-        answers.append((first.token_ids, second.token_ids))
-    assert answers[0] == answers[1]
+@pytest.mark.parametrize("name", ANSWERS)
+def test_questions_without_near_ties_are_answered_alike(cpu: Engine, gpu: Engine, name: str) -> None:
+    """Turns of a chat among them, which go on from the KV cache, and streams that alternate."""
+    assert ANSWERS[name](gpu) == ANSWERS[name](cpu)
 
 
 def test_streams_that_alternate_do_not_touch_each_other(gpu: Engine) -> None:
