@@ -39,7 +39,7 @@ def runtime() -> Any:
             f"the Python package cuda-bindings cannot be used: {error}.",
             seen="cuda-bindings",
             remedy="Install it: pip install cuda-bindings, of the CUDA version of this machine's driver "
-            "('cuda-bindings<13' on JetPack 6).",
+            "('cuda-bindings<13' for CUDA 12, as on JetPack 6).",
         ) from error
     return module
 

@@ -23,11 +23,9 @@ from ..portable import Derivation, derived_graph, of_decoder
 from ..speculation import DRAFT
 from .base import Embeddings, Logits
 from .gpu_cache import GpuCache, GpuCaches
-from .kv_cache import KeyValues, KvLayout, Values
-from .static_kv import StaticState
+from .gpu_decoder import GpuDecoder
+from .kv_cache import KvLayout
 
-# See :attr:`Decoder.tile`: of bits nothing is promised here.
-TILE = 16
 # Rows of logits in one call: a token and those that may be drafted behind it.
 STEP_TOKENS = 1 + DRAFT
 # Where everything is bound but one length.
@@ -39,7 +37,7 @@ _TOLERANCE = 1e-2
 _log = logging.getLogger(__name__)
 
 
-class CudaDecoder:
+class CudaDecoder(GpuDecoder):
     """The decoder of a bundle, loaded on the GPU; a :class:`Decoder`, and the :class:`Runner` of its states.
 
     Attributes:
@@ -50,8 +48,6 @@ class CudaDecoder:
         PlatformError: the provider or what it needs is missing, or the GPU has too little memory.
         BundleCorruptError: the graph cannot be loaded or does not fit the manifest.
     """
-
-    tile = TILE
 
     def __init__(self, bundle: Bundle, *, verify: Verify = "once") -> None:
         self.spec = bundle.manifest.decoder
@@ -70,31 +66,6 @@ class CudaDecoder:
         self._numbers = itertools.count(1)
         self._capturing = True
         self._check_graphs()
-
-    def open(self, capacity: int, start: KeyValues | None = None) -> StaticState:
-        """See :meth:`Decoder.open`.
-
-        Raises:
-            PlatformError: the GPU has no memory for another KV cache.
-            KernelArgumentError: ``start`` is not of this decoder.
-        """
-        return StaticState(self, self.spec, self.kv, self.table, capacity, start)
-
-    def new_cache(self) -> GpuCache:
-        """See :class:`Runner`."""
-        return self._caches.new()
-
-    def free_cache(self, cache: GpuCache) -> None:
-        """See :class:`Runner`."""
-        self._caches.free(cache)
-
-    def read(self, cache: GpuCache, positions: int) -> Values:
-        """See :class:`Runner`."""
-        return self._caches.read(cache, positions)
-
-    def write(self, cache: GpuCache, values: Values) -> None:
-        """See :class:`Runner`."""
-        self._caches.write(cache, values)
 
     def run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
         """See :class:`Runner`."""

@@ -12,15 +12,14 @@ from ..tensorrt.session import EngineSession
 from ..tensorrt.store import Engines
 from .base import Embeddings, Logits
 from .gpu_cache import GpuCache, GpuCaches
-from .kv_cache import KeyValues, KvLayout, Values
-from .static_kv import StaticState, explicit_inputs
+from .gpu_decoder import GpuDecoder
+from .kv_cache import KvLayout
+from .static_kv import explicit_inputs
 
-# See :attr:`Decoder.tile`: of bits nothing is promised here.
-TILE = 16
 DECODER = "decoder"
 
 
-class TensorRtDecoder:
+class TensorRtDecoder(GpuDecoder):
     """The decoder of a bundle, loaded on the GPU; a :class:`Decoder`, and the :class:`Runner` of its states.
 
     Attributes:
@@ -29,8 +28,6 @@ class TensorRtDecoder:
     Raises:
         PlatformError: TensorRT or the GPU does not take the engine, or has too little memory.
     """
-
-    tile = TILE
 
     def __init__(self, bundle: Bundle, plan: Plan, engines: Engines) -> None:
         self.spec = bundle.manifest.decoder
@@ -47,32 +44,6 @@ class TensorRtDecoder:
             rows={"logits": STEP_TOKENS},
         )
         self._caches = GpuCaches(self.kv, self.capacity, self._session.stream, self._forget)
-
-    def open(self, capacity: int, start: KeyValues | None = None) -> StaticState:
-        """See :meth:`Decoder.open`.
-
-        Raises:
-            PromptTooLongError: the engine was built for fewer positions.
-            PlatformError: the GPU has no memory for another KV cache.
-            KernelArgumentError: ``start`` is not of this decoder.
-        """
-        return StaticState(self, self.spec, self.kv, self.table, capacity, start)
-
-    def new_cache(self) -> GpuCache:
-        """See :class:`Runner`."""
-        return self._caches.new()
-
-    def free_cache(self, cache: GpuCache) -> None:
-        """See :class:`Runner`."""
-        self._caches.free(cache)
-
-    def read(self, cache: GpuCache, positions: int) -> Values:
-        """See :class:`Runner`."""
-        return self._caches.read(cache, positions)
-
-    def write(self, cache: GpuCache, values: Values) -> None:
-        """See :class:`Runner`."""
-        self._caches.write(cache, values)
 
     def run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
         """See :class:`Runner`."""
