@@ -42,9 +42,11 @@ class BundleWriter:
     def entries(self, report: Callable[[str], None]) -> tuple[FileEntry, ...]:
         """Every staged file with its size and hash, sorted by path."""
         entries = []
-        for path in sorted(self.staging.iterdir()):
-            report(f"hashing {path.name} ({path.stat().st_size:,} bytes)")
-            entries.append(file_entry(path, path.name))
+        # A bundle that is laid out anew may have folders.
+        files = {path.relative_to(self.staging).as_posix(): path for path in self.staging.rglob("*") if path.is_file()}
+        for name, path in sorted(files.items()):
+            report(f"hashing {name} ({path.stat().st_size:,} bytes)")
+            entries.append(file_entry(path, name))
         return tuple(entries)
 
     def commit(self, manifest: Manifest) -> None:
