@@ -52,7 +52,7 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> None:
         """Writes the manifest, brings everything to disk and moves the bundle to its place."""
         (self.staging / _STAGED_MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        for path in [*self.staging.iterdir(), self.staging]:
+        for path in [*self.staging.rglob("*"), self.staging]:
             _sync(path)
         os.rename(self.staging / _STAGED_MANIFEST, self.staging / MANIFEST_NAME)
         _sync(self.staging)

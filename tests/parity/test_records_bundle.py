@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from biomedgpt_edge.decoder.graph import WANTED, Wanted
 from biomedgpt_edge.decoder.kv_cache import KvElement
 from biomedgpt_edge.engine import DEMO_BUNDLE, PreparedPrompt
 from biomedgpt_edge.errors import BundleCorruptError, OptionError, PlatformError
-from biomedgpt_edge.manifest import PORTABLE, RECORDS
+from biomedgpt_edge.manifest import MANIFEST_NAME, PORTABLE, RECORDS
 from biomedgpt_edge.onnx_header import INT4_DOMAIN, read_header
+from biomedgpt_export import bundle_writer
+from biomedgpt_export.bundle_writer import file_entry
 from biomedgpt_export.cli import main as export
 from biomedgpt_export.errors import ExportError, ModelConfigError, OutputExistsError
 from biomedgpt_export.layouts import PORTABLE_DECODER
@@ -220,6 +223,22 @@ def test_a_bundle_that_is_not_whole_is_not_laid_out_anew(bundle_copy: Path, tmp_
     with pytest.raises(BundleCorruptError, match=r"decoder\.data differ"):
         relayout(bundle_copy, tmp_path / "out", "portable", silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_in_folders_stay_there(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, manifest = Path(shutil.copytree(records, tmp_path / "source")), Bundle.open(records).manifest
+    (source / "notes" / "lab").mkdir(parents=True)
+    (source / "notes" / "lab" / "readme.txt").write_text("of the lab", encoding="utf-8")
+    added = file_entry(source / "notes" / "lab" / "readme.txt", "notes/lab/readme.txt")
+    with_folder = replace(manifest, files=(*manifest.files, added))
+    (source / MANIFEST_NAME).write_text(with_folder.to_json(), encoding="utf-8")
+    synced = set[str]()
+    sync = bundle_writer._sync
+    monkeypatch.setattr(bundle_writer, "_sync", lambda path: (synced.add(path.name), sync(path)))
+    laid_out = relayout(source, tmp_path / "out", "portable", silent)
+    assert added in laid_out.files
+    Bundle.open(tmp_path / "out").verify()
+    assert {"readme.txt", "lab", "notes"} <= synced  # a power cut loses none of it
 
 
 def test_a_bundle_is_not_written_over(portable: Path, records: Path) -> None:
