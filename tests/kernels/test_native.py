@@ -41,7 +41,7 @@ def test_cpp_runner_passes(tmp_path: Path) -> None:
     options = ["-DBIOMEDGPT_BUILD_PYTHON=OFF", "-DBIOMEDGPT_BUILD_TESTS=ON", "-DBIOMEDGPT_CUDA=OFF"]
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options],
-        ["cmake", "--build", str(tmp_path)],
+        ["cmake", "--build", str(tmp_path), "--parallel", "2"],
         [str(tmp_path / "kernel_tests")],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
