@@ -1,0 +1,166 @@
+// Attention of a token's few rows over the KV cache, split by positions so that a whole GPU works on one sequence
+// (Dao et al. 2023, "Flash-Decoding").
+//
+// A block has one head of one row, and one split. Each of its lanes reads sixteen bytes of a key and of a value; as
+// many lanes as a row of them has keep a softmax of their own, with sums that are rescaled when a larger score comes
+// (Milakov and Gimelshein 2018). These are joined in shared memory, and those of the splits by the block that is the
+// last one of its head to arrive: always in the same order, so that the same operands give the same bits.
+#pragma once
+
+#include "decoder/cache.h"
+#include "decoder/order.h"
+
+namespace biomedgpt {
+inline namespace BIOMEDGPT_SIMT {
+
+struct AttendParams {
+    const uint16_t* queries = nullptr;  // halves [rows, heads * head_size], rotated
+    uint16_t* out = nullptr;            // [rows, out_pitch], in the order of products
+    int out_pitch = 0;
+    CacheShape cache = {};
+    const RowPlace* places = nullptr;
+    int heads = 0;
+    int splits = 0;
+    float scale = 0;              // of scores, times log2(e)
+    float* partial = nullptr;     // [rows, heads, splits, head_size + 2]; not of a single split, nor is what follows
+    uint32_t* arrived = nullptr;  // [rows, heads], zeros before and after
+};
+
+// What is left of a softmax and its weighted sum: of `kept` times exp2(most).
+struct Kept {
+    float most;
+    float total;
+};
+
+// The factor of something kept with `most` when it is joined with others of which `highest` is the most. Nothing was
+// kept of no position.
+BIOMEDGPT_DEVICE float factor(float most, float highest) {
+    return most == -INFINITY ? 0.0f : simt::exp2_of(most - highest);
+}
+
+template <int kHeadSize>
+struct Attend {
+    using Params = AttendParams;
+
+    static constexpr int kThreads = 128, kBlocks = 4, kWarps = kThreads / kWarpSize;
+    static constexpr int kLanes = kHeadSize / kOctet;     // of a position
+    static constexpr int kTogether = kWarpSize / kLanes;  // positions that a warp has at once
+    static constexpr int kGroups = kWarps * kTogether;    // lanes with a softmax of their own
+    static constexpr int kKeptFloats = kHeadSize + 2;     // sums, most, total
+    static constexpr size_t kShared = (size_t{kGroups} * kKeptFloats + 1) * sizeof(float);
+    static_assert(kHeadSize <= kThreads, "a thread joins an element of all groups");
+
+    BIOMEDGPT_DEVICE static void run(const Params& p) {
+        simt::let_next_start();
+        simt::wait_for_inputs();
+        const int head = simt::block_x(), split = simt::block_y(), row = simt::block_z();
+        const RowPlace place = p.places[row];
+        const int length = place.position + 1, each = (length + p.splits - 1) / p.splits;
+        const int begin = split * each, end = begin + each < length ? begin + each : length;
+        auto* kept = reinterpret_cast<float*>(simt::shared());
+        attend(p, place, head, row, begin, end, kept);
+        simt::sync_block();
+        const int64_t index = int64_t{row} * p.heads + head;
+        if (p.splits == 1) {
+            write(p, row, head, kept, kGroups);
+            return;
+        }
+        float* partial = p.partial + index * p.splits * kKeptFloats;
+        join(kept, kGroups, partial + split * kKeptFloats);
+        if (!last_to_arrive(p, index, reinterpret_cast<uint32_t*>(kept + kGroups * kKeptFloats))) return;
+        write(p, row, head, partial, p.splits);
+    }
+
+    // Positions `begin` to `end`; each group of lanes leaves what it kept of its own.
+    BIOMEDGPT_DEVICE static void attend(const Params& p, const RowPlace& place, int head, int row, int begin, int end,
+                                        float* kept) {
+        const int part = simt::lane() % kLanes * kOctet, group = simt::warp() * kTogether + simt::lane() / kLanes;
+        const int kv_head = head / (p.heads / p.cache.kv_heads);
+        const uint16_t* keys = head_rows(p.cache, place.cache, kKeys, kv_head);
+        const uint16_t* values = head_rows(p.cache, place.cache, kValues, kv_head);
+        float query[kOctet], sums[kOctet] = {};
+        widen(p.queries + (int64_t{row} * p.heads + head) * kHeadSize + part, query);
+        Kept own = {-INFINITY, 0};
+#pragma unroll 2
+        for (int base = begin + simt::warp() * kTogether; base < end; base += kGroups) {
+            const int position = base + simt::lane() / kLanes;
+            const int64_t at = int64_t{position < end ? position : end - 1} * kHeadSize + part;
+            float key[kOctet], value[kOctet], score = 0;
+            widen(keys + at, key);
+            widen(values + at, value);
+#pragma unroll
+            for (int i = 0; i < kOctet; ++i) score += query[i] * key[i];
+#pragma unroll
+            for (int mask = kLanes / 2; mask > 0; mask /= 2) score += simt::shuffle_xor(score, mask);
+            if (position < end) add(score * p.scale, value, own, sums);
+        }
+        float* to = kept + group * kKeptFloats;
+#pragma unroll
+        for (int i = 0; i < kOctet; ++i) to[part + i] = sums[i];
+        if (part == 0) to[kHeadSize] = own.most, to[kHeadSize + 1] = own.total;
+    }
+
+    BIOMEDGPT_DEVICE static void widen(const uint16_t* from, float (&to)[kOctet]) {
+        const Quad quad = *reinterpret_cast<const Quad*>(from);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            to[2 * i] = simt::low_half(quad.words[i]);
+            to[2 * i + 1] = simt::high_half(quad.words[i]);
+        }
+    }
+
+    BIOMEDGPT_DEVICE static void add(float score, const float (&value)[kOctet], Kept& own, float (&sums)[kOctet]) {
+        const float most = score > own.most ? score : own.most;
+        const float before = factor(own.most, most), weight = simt::exp2_of(score - most);
+        own = {most, own.total * before + weight};
+#pragma unroll
+        for (int i = 0; i < kOctet; ++i) sums[i] = sums[i] * before + weight * value[i];
+    }
+
+    // Element `thread` of what `count` kept, joined.
+    BIOMEDGPT_DEVICE static float joined(const float* kept, int count, Kept& all) {
+        all = {-INFINITY, 0};
+        for (int i = 0; i < count; ++i) {
+            const float most = kept[i * kKeptFloats + kHeadSize];
+            if (most > all.most) all.most = most;
+        }
+        float sum = 0;
+        for (int i = 0; i < count; ++i) {
+            const float* one = kept + i * kKeptFloats;
+            const float weight = factor(one[kHeadSize], all.most);
+            all.total += weight * one[kHeadSize + 1];
+            sum += weight * one[simt::thread()];
+        }
+        return sum;
+    }
+
+    BIOMEDGPT_DEVICE static void join(const float* kept, int count, float* to) {
+        if (simt::thread() >= kHeadSize) return;
+        Kept all;
+        to[simt::thread()] = joined(kept, count, all);
+        if (simt::thread() == 0) to[kHeadSize] = all.most, to[kHeadSize + 1] = all.total;
+    }
+
+    BIOMEDGPT_DEVICE static void write(const Params& p, int row, int head, const float* kept, int count) {
+        if (simt::thread() >= kHeadSize) return;
+        Kept all;
+        const float sum = joined(kept, count, all);
+        p.out[int64_t{row} * p.out_pitch + place_of(head * kHeadSize + simt::thread())] =
+            simt::half_bits(sum / all.total);
+    }
+
+    // Whether the other splits of a head have left what they kept; true for one block of them.
+    BIOMEDGPT_DEVICE static bool last_to_arrive(const Params& p, int64_t index, uint32_t* shown) {
+        simt::fence();  // what this block kept, before its arrival
+        simt::sync_block();
+        if (simt::thread() == 0) *shown = simt::fetch_add(p.arrived + index, 1);
+        simt::sync_block();
+        if (*shown + 1 != static_cast<uint32_t>(p.splits)) return false;
+        if (simt::thread() == 0) p.arrived[index] = 0;
+        simt::fence();
+        return true;
+    }
+};
+
+}  // namespace BIOMEDGPT_SIMT
+}  // namespace biomedgpt

@@ -1,0 +1,437 @@
+// The decoder's host side: memory, launches, graphs. Compiled once for GPUs and once for their emulation.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/error.h"
+#include "decoder/attend.h"
+#include "decoder/attend_prompt.h"
+#include "decoder/decoder.h"
+#include "decoder/embed.h"
+#include "decoder/norm.h"
+#include "decoder/product.h"
+#include "simt/gpu.h"
+
+namespace biomedgpt {
+inline namespace BIOMEDGPT_SIMT {
+
+constexpr int kMaxSplits = 16;
+
+// A matrix on the GPU.
+struct Matrix4 {
+    Buffer<uint8_t> records;
+    Buffer<float> bias;
+    int rows = 0, group = 0, groups = 0, bits = 4;
+
+    int width() const { return group * groups; }
+};
+
+class DecoderOn final : public CudaDecoder {
+  public:
+    // For a model that check_decoder() takes.
+    DecoderOn(std::unique_ptr<Gpu> gpu, const DecoderModel& model, int64_t capacity)
+        : owned_(std::move(gpu)), gpu_(*owned_), model_(model), capacity_(static_cast<int>(capacity)) {
+        require_memory();
+        bring_weights();
+        make_buffers();
+        gpu_.wait();
+        forget_host();
+    }
+
+    const std::string& device() const override { return gpu_.name(); }
+    int64_t capacity() const override { return capacity_; }
+    size_t bytes() const override { return bytes_; }
+
+    size_t cache_bytes() const override {
+        return 2 * model_.layers.size() * static_cast<size_t>(model_.kv_heads * capacity_ * model_.head_size) *
+               sizeof(uint16_t);
+    }
+
+    int64_t new_cache() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const size_t free = gpu_.free_memory();
+        if (free < cache_bytes()) {
+            throw DeviceError("a KV cache of " + std::to_string(capacity_) + " positions takes " +
+                              std::to_string(cache_bytes()) + " bytes, and " + std::to_string(free) + " are free on " +
+                              gpu_.name() + ".");
+        }
+        caches_.emplace(next_cache_, Buffer<uint16_t>(gpu_, cache_bytes() / sizeof(uint16_t), "a KV cache"));
+        return next_cache_++;
+    }
+
+    void free_cache(int64_t cache) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        gpu_.wait();
+        caches_.erase(cache);
+    }
+
+    void read_cache(int64_t cache, int64_t positions, uint16_t* to) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const size_t row = row_bytes(positions), pitch = row_bytes(capacity_);
+        gpu_.copy_rows(to, row, find(cache), pitch, row, cache_rows());
+        gpu_.wait();
+    }
+
+    void write_cache(int64_t cache, int64_t positions, const uint16_t* from) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const size_t row = row_bytes(positions), pitch = row_bytes(capacity_);
+        gpu_.copy_rows(find(cache), pitch, from, row, row, cache_rows());
+        gpu_.wait();
+    }
+
+    void run(const DecoderCall& call) override {
+        check_call(model_, capacity_, call);
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto count = static_cast<int>(call.rows.size()), wanted = static_cast<int>(call.wanted.size());
+        for (int i = 0; i < count; ++i) {
+            const DecoderRow& row = call.rows[static_cast<size_t>(i)];
+            host_places_.get()[i] = {find(row.cache), static_cast<int32_t>(row.position),
+                                     static_cast<int32_t>(row.token)};
+        }
+        for (int i = 0; i < wanted; ++i) {
+            host_picked_.get()[i] = static_cast<int32_t>(call.wanted[static_cast<size_t>(i)]);
+        }
+        if (call.embeddings != nullptr) {
+            gpu_.copy(residual_.get(), call.embeddings, static_cast<size_t>(count * model_.hidden) * sizeof(float));
+            work(count, wanted, false);
+        } else {
+            run_tokens(count, wanted);
+        }
+        gpu_.wait();
+        std::copy_n(host_logits_.get(), static_cast<size_t>(wanted * model_.head.rows), call.logits);
+    }
+
+  private:
+    // --- memory ---------------------------------------------------------------------------------------------------
+
+    static int padded(int64_t width) { return static_cast<int>((width + 127) / 128 * 128); }
+
+    size_t row_bytes(int64_t positions) const {
+        return static_cast<size_t>(positions * model_.head_size) * sizeof(uint16_t);
+    }
+
+    size_t cache_rows() const { return 2 * model_.layers.size() * static_cast<size_t>(model_.kv_heads); }
+
+    uint16_t* find(int64_t cache) const {
+        const auto found = caches_.find(cache);
+        if (found == caches_.end()) throw ArgumentError("cache", std::to_string(cache), "one that is there");
+        return found->second.get();
+    }
+
+    size_t embedding_bytes() const {
+        const auto numbers = static_cast<size_t>(model_.vocabulary * model_.hidden);
+        return numbers * static_cast<size_t>(size_of(model_.embedding_type));
+    }
+
+    size_t weight_bytes() const {
+        size_t bytes = embedding_bytes() + static_cast<size_t>(model_.head.bytes);
+        for (const DecoderLayer& layer : model_.layers) {
+            for (const DecoderMatrix* matrix : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
+                bytes += static_cast<size_t>(matrix->bytes);
+            }
+            bytes += 2 * static_cast<size_t>(model_.hidden) * sizeof(float);
+        }
+        return bytes + static_cast<size_t>(model_.positions * model_.head_size) * sizeof(float);
+    }
+
+    size_t buffer_bytes() const {
+        const int64_t halves = padded(model_.hidden) + model_.heads * model_.head_size +
+                               padded(model_.heads * model_.head_size) + padded(model_.intermediate);
+        const int64_t floats = kMaxPromptRows * model_.hidden + kMaxDecodeRows * model_.head.rows +
+                               kMaxDecodeRows * model_.heads * kMaxSplits * (model_.head_size + 2);
+        return static_cast<size_t>(kMaxPromptRows * halves * 2 + floats * 4);
+    }
+
+    void require_memory() {
+        bytes_ = weight_bytes() + buffer_bytes();
+        const size_t needed = bytes_ + cache_bytes(), free = gpu_.free_memory();
+        if (needed <= free) return;
+        throw DeviceError("the decoder takes " + std::to_string(weight_bytes()) + " bytes for weights, " +
+                          std::to_string(buffer_bytes()) + " for activations and " + std::to_string(cache_bytes()) +
+                          " for a KV cache of " + std::to_string(capacity_) + " positions, and " +
+                          std::to_string(free) + " are free on " + gpu_.name() + ".");
+    }
+
+    template <class T>
+    Buffer<T> bring(const T* from, size_t count, const std::string& what) {
+        Buffer<T> buffer(gpu_, count, what);
+        gpu_.copy(buffer.get(), from, buffer.bytes());
+        return buffer;
+    }
+
+    Matrix4 bring(const DecoderMatrix& matrix) {
+        Matrix4 brought;
+        brought.records = bring(matrix.records, static_cast<size_t>(matrix.bytes), "weights");
+        if (matrix.bias != nullptr) brought.bias = bring(matrix.bias, static_cast<size_t>(matrix.rows), "a bias");
+        brought.rows = static_cast<int>(matrix.rows);
+        brought.group = static_cast<int>(matrix.group);
+        brought.groups = static_cast<int>((matrix.columns + matrix.group - 1) / matrix.group);
+        brought.bits = matrix.bits;
+        return brought;
+    }
+
+    void bring_weights() {
+        const auto hidden = static_cast<size_t>(model_.hidden);
+        for (const DecoderLayer& layer : model_.layers) {
+            layers_.push_back({bring(layer.attention_norm, hidden, "a norm"), bring(layer.qkv), bring(layer.out),
+                               bring(layer.mlp_norm, hidden, "a norm"), bring(layer.gate_up), bring(layer.down)});
+        }
+        final_norm_ = bring(model_.final_norm, hidden, "a norm");
+        head_ = bring(model_.head);
+        const auto angles = static_cast<size_t>(model_.positions * model_.head_size / 2);
+        cos_ = bring(model_.rope_cos, angles, "the rotation");
+        sin_ = bring(model_.rope_sin, angles, "the rotation");
+        table_ = bring(static_cast<const uint8_t*>(model_.embeddings), embedding_bytes(), "embeddings");
+        if (model_.embedding_scales == nullptr) return;
+        scales_ = bring(model_.embedding_scales, static_cast<size_t>(model_.vocabulary), "embeddings");
+    }
+
+    template <class T>
+    Buffer<T> zeros(int64_t count) {
+        Buffer<T> buffer(gpu_, static_cast<size_t>(count), "activations");
+        gpu_.clear(buffer.get(), buffer.bytes());
+        return buffer;
+    }
+
+    // Zeros stand behind a row's width where products read whole groups, and nobody ever writes there.
+    void make_buffers() {
+        const int64_t rows = kMaxPromptRows, few = kMaxDecodeRows, heads_width = model_.heads * model_.head_size;
+        places_ = zeros<RowPlace>(rows);
+        picked_ = zeros<int32_t>(few);
+        residual_ = zeros<float>(rows * model_.hidden);
+        normed_ = zeros<uint16_t>(rows * padded(model_.hidden));
+        queries_ = zeros<uint16_t>(rows * heads_width);
+        attended_ = zeros<uint16_t>(rows * padded(heads_width));
+        gated_ = zeros<uint16_t>(rows * padded(model_.intermediate));
+        logits_ = zeros<float>(few * model_.head.rows);
+        partial_ = zeros<float>(few * model_.heads * kMaxSplits * (model_.head_size + 2));
+        arrived_ = zeros<uint32_t>(few * model_.heads);
+        host_places_ = Pinned<RowPlace>(gpu_, static_cast<size_t>(rows));
+        host_picked_ = Pinned<int32_t>(gpu_, static_cast<size_t>(few));
+        host_logits_ = Pinned<float>(gpu_, static_cast<size_t>(few * model_.head.rows));
+    }
+
+    // What was brought is no longer the caller's to keep.
+    void forget_host() {
+        for (DecoderLayer& layer : model_.layers) layer = {};
+        model_.final_norm = model_.rope_cos = model_.rope_sin = model_.embedding_scales = nullptr;
+        model_.embeddings = model_.head.records = nullptr;
+    }
+
+    // --- work -----------------------------------------------------------------------------------------------------
+
+    // A token's rows are the same work each time but for what the host leaves in pinned memory: a graph.
+    void run_tokens(int count, int wanted) {
+        const auto key = std::make_pair(count, wanted);
+        const auto found = graphs_.find(key);
+        if (found != graphs_.end()) {
+            gpu_.run(found->second);
+            return;
+        }
+        // The first time, kernels are loaded, which a capture does not allow.
+        work(count, wanted, true);
+        gpu_.wait();
+        if (count <= kMaxDecodeRows) graphs_.emplace(key, gpu_.capture([&] { work(count, wanted, true); }));
+    }
+
+    void work(int count, int wanted, bool tokens) {
+        gpu_.copy(places_.get(), host_places_.get(), static_cast<size_t>(count) * sizeof(RowPlace));
+        if (tokens) embed(count);
+        for (size_t i = 0; i < layers_.size(); ++i) run_layer(layers_[i], static_cast<int>(i), count);
+        if (wanted == 0) return;
+        gpu_.copy(picked_.get(), host_picked_.get(), static_cast<size_t>(wanted) * sizeof(int32_t));
+        norm(final_norm_, wanted, picked_.get());
+        ProductParams params = product_of(head_, wanted);
+        params.sums = logits_.get();
+        multiply_halves<Output::logits>(head_, params, normed_.get(), padded(model_.hidden));
+        gpu_.copy(host_logits_.get(), logits_.get(), static_cast<size_t>(wanted * model_.head.rows) * sizeof(float));
+    }
+
+    void embed(int count) {
+        EmbedParams params;
+        params.table = table_.get();
+        params.scales = scales_.get();
+        params.element_bytes = static_cast<int>(size_of(model_.embedding_type));
+        params.places = places_.get();
+        params.out = residual_.get();
+        params.columns = static_cast<int>(model_.hidden);
+        gpu_.launch<Embed>({count}, 0, params);
+    }
+
+    struct Layer {
+        Buffer<float> attention_norm;
+        Matrix4 qkv, out;
+        Buffer<float> mlp_norm;
+        Matrix4 gate_up, down;
+    };
+
+    void run_layer(const Layer& layer, int index, int count) {
+        const auto heads_width = static_cast<int>(model_.heads * model_.head_size);
+        const CacheShape cache = {static_cast<int32_t>(model_.kv_heads), static_cast<int32_t>(model_.head_size),
+                                  capacity_, index};
+        ProductParams qkv = product_of(layer.qkv, count);
+        qkv.out = queries_.get();
+        qkv.out_pitch = heads_width;
+        qkv.cache = cache;
+        qkv.rope = {cos_.get(), sin_.get()};
+        qkv.places = places_.get();
+        qkv.heads = static_cast<int>(model_.heads);
+        multiply_normed<Output::qkv>(layer.qkv, qkv, layer.attention_norm);
+        attend(cache, count);
+        add(layer.out, attended_, padded(heads_width), count);
+        ProductParams gated = product_of(layer.gate_up, count);
+        gated.out = gated_.get();
+        gated.out_pitch = padded(model_.intermediate);
+        multiply_normed<Output::gated>(layer.gate_up, gated, layer.mlp_norm);
+        add(layer.down, gated_, padded(model_.intermediate), count);
+    }
+
+    void add(const Matrix4& matrix, const Buffer<uint16_t>& x, int pitch, int count) {
+        ProductParams params = product_of(matrix, count);
+        params.sums = residual_.get();
+        multiply_halves<Output::residual>(matrix, params, x.get(), pitch);
+    }
+
+    static ProductParams product_of(const Matrix4& matrix, int count) {
+        ProductParams params;
+        params.records = matrix.records.get();
+        params.bias = matrix.bias.get();
+        params.rows = matrix.rows;
+        params.group = matrix.group;
+        params.groups = matrix.groups;
+        params.count = count;
+        return params;
+    }
+
+    NormSource norm_source(const Buffer<float>& gain, const int32_t* picked) const {
+        return {residual_.get(), gain.get(), picked, static_cast<int>(model_.hidden), model_.epsilon};
+    }
+
+    void norm(const Buffer<float>& gain, int count, const int32_t* picked) {
+        gpu_.launch<Norm>({count}, Norm::kShared, {norm_source(gain, picked), normed_.get(), padded(model_.hidden)});
+    }
+
+    // RMSNorm and the product in one kernel where a few rows of what is normed fit a block's memory, else in two.
+    template <Output kOutput>
+    void multiply_normed(const Matrix4& matrix, ProductParams& params, const Buffer<float>& gain) {
+        const size_t shared = Product<4, 128, 1, Input::normed, kOutput>::shared_bytes(matrix.width(), params.count);
+        if (params.count <= kMaxDecodeRows && shared <= gpu_.shared_limit()) {
+            params.normed = norm_source(gain, nullptr);
+            launch<1, Input::normed, kOutput>(matrix, params);
+            return;
+        }
+        norm(gain, params.count, nullptr);
+        multiply_halves<kOutput>(matrix, params, normed_.get(), padded(model_.hidden));
+    }
+
+    template <Output kOutput>
+    void multiply_halves(const Matrix4& matrix, ProductParams& params, const uint16_t* x, int pitch) {
+        params.x = x;
+        params.pitch = pitch;
+        if constexpr (kOutput == Output::logits) {
+            if (matrix.bits == 8) {
+                launch_bits<8, 1, Input::halves, kOutput>(matrix, params);
+                return;
+            }
+        } else {
+            if (params.count > 32) return launch<8, Input::halves, kOutput>(matrix, params);
+            if (params.count > kMaxDecodeRows) return launch<4, Input::halves, kOutput>(matrix, params);
+        }
+        launch<1, Input::halves, kOutput>(matrix, params);
+    }
+
+    template <int kTiles, Input kInput, Output kOutput>
+    void launch(const Matrix4& matrix, const ProductParams& params) {
+        launch_bits<4, kTiles, kInput, kOutput>(matrix, params);
+    }
+
+    template <int kBits, int kTiles, Input kInput, Output kOutput>
+    void launch_bits(const Matrix4& matrix, const ProductParams& params) {
+        if (matrix.group == 128) {
+            launch_kernel<Product<kBits, 128, kTiles, kInput, kOutput>>(matrix, params);
+        } else {
+            launch_kernel<Product<kBits, 0, kTiles, kInput, kOutput>>(matrix, params);
+        }
+    }
+
+    template <class Kernel>
+    void launch_kernel(const Matrix4& matrix, const ProductParams& params) {
+        const int panels = (matrix.rows + kPanel - 1) / kPanel;
+        const Grid grid{(params.count + Kernel::kColumns - 1) / Kernel::kColumns, Kernel::units_of(panels)};
+        gpu_.launch<Kernel>(grid, Kernel::shared_bytes(matrix.width(), params.count), params);
+    }
+
+    float score_scale() const { return kLog2E / std::sqrt(static_cast<float>(model_.head_size)); }
+
+    void attend(const CacheShape& cache, int count) {
+        switch (model_.head_size) {
+            case 32:
+                return attend_of<32>(cache, count);
+            case 64:
+                return attend_of<64>(cache, count);
+            default:
+                return attend_of<128>(cache, count);
+        }
+    }
+
+    template <int kHeadSize>
+    void attend_of(const CacheShape& cache, int count) {
+        const auto heads = static_cast<int>(model_.heads);
+        const int pitch = padded(model_.heads * model_.head_size);
+        if (count > kMaxDecodeRows) {
+            using Kernel = AttendPrompt<kHeadSize>;
+            const AttendPromptParams params = {queries_.get(), attended_.get(), pitch, count,
+                                               cache,          places_.get(),   heads, score_scale()};
+            gpu_.launch<Kernel>({(count + Kernel::kRows - 1) / Kernel::kRows, heads}, Kernel::kShared, params);
+            return;
+        }
+        using Kernel = Attend<kHeadSize>;
+        // Two blocks for each multiprocessor, whatever the number of positions: a graph keeps its grid.
+        const int blocks = heads * count, splits = (2 * gpu_.multiprocessors() + blocks - 1) / blocks;
+        const AttendParams params = {queries_.get(),
+                                     attended_.get(),
+                                     pitch,
+                                     cache,
+                                     places_.get(),
+                                     heads,
+                                     std::clamp(splits, 1, kMaxSplits),
+                                     score_scale(),
+                                     partial_.get(),
+                                     arrived_.get()};
+        gpu_.launch<Kernel>({heads, params.splits, count}, Kernel::kShared, params);
+    }
+
+    std::unique_ptr<Gpu> owned_;  // outlives what lies in its memory
+    Gpu& gpu_;
+    DecoderModel model_;
+    int capacity_;
+    size_t bytes_ = 0;
+    std::mutex mutex_;
+    std::vector<Layer> layers_;
+    Buffer<float> final_norm_, cos_, sin_, scales_;
+    Matrix4 head_;
+    Buffer<uint8_t> table_;
+    Buffer<RowPlace> places_;
+    Buffer<int32_t> picked_;
+    Buffer<float> residual_, logits_, partial_;
+    Buffer<uint16_t> normed_, queries_, attended_, gated_;
+    Buffer<uint32_t> arrived_;
+    Pinned<RowPlace> host_places_;
+    Pinned<int32_t> host_picked_;
+    Pinned<float> host_logits_;
+    std::map<int64_t, Buffer<uint16_t>> caches_;
+    int64_t next_cache_ = 1;
+    std::map<std::pair<int, int>, Graph> graphs_;
+};
+
+}  // namespace BIOMEDGPT_SIMT
+}  // namespace biomedgpt

@@ -1,0 +1,163 @@
+// A GPU and the stream that work is put into. Every call's return code is looked at; failures are DeviceErrors.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "common/error.h"
+#include "simt/simt.h"
+
+namespace biomedgpt {
+inline namespace on_cuda {
+
+struct Grid {
+    int x = 1, y = 1, z = 1;
+};
+
+inline void require(cudaError_t code, const std::string& what) {
+    if (code == cudaSuccess) return;
+    cudaGetLastError();  // so that no later call reports it as its own
+    throw DeviceError(what + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ").");
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks)
+    enter(const __grid_constant__ typename Kernel::Params params) {
+    Kernel::run(params);
+}
+
+// Work that was captured; launched again as a whole.
+class Graph {
+  public:
+    Graph() = default;
+    Graph(Graph&& other) noexcept : handle_(other.handle_) { other.handle_ = nullptr; }
+    Graph& operator=(Graph&& other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+    ~Graph() {
+        if (handle_ != nullptr) cudaGraphExecDestroy(handle_);
+    }
+
+  private:
+    friend class Gpu;
+    cudaGraphExec_t handle_ = nullptr;
+};
+
+// The device that is current when it is made. Not for several threads at once.
+class Gpu {
+  public:
+    Gpu() {
+        require(cudaGetDevice(&device_), "no GPU can be used");
+        cudaDeviceProp found{};
+        require(cudaGetDeviceProperties(&found, device_), "the GPU cannot be asked what it is");
+        name_ = found.name;
+        capability_ = found.major * 10 + found.minor;
+        multiprocessors_ = found.multiProcessorCount;
+        shared_limit_ = found.sharedMemPerBlockOptin;
+        if (capability_ < 75) {
+            throw DeviceError(name_ + " has compute capability " + std::to_string(found.major) + "." +
+                              std::to_string(found.minor) + "; the kernels need 7.5.");
+        }
+        require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "no stream can be made");
+    }
+    Gpu(const Gpu&) = delete;
+    Gpu& operator=(const Gpu&) = delete;
+    ~Gpu() { cudaStreamDestroy(stream_); }
+
+    const std::string& name() const { return name_; }
+    int multiprocessors() const { return multiprocessors_; }
+    size_t shared_limit() const { return shared_limit_; }
+    cudaStream_t stream() const { return stream_; }
+
+    size_t free_memory() const {
+        size_t free = 0, total = 0;
+        require(cudaMemGetInfo(&free, &total), "the GPU cannot be asked for its memory");
+        return free;
+    }
+
+    void* allocate(size_t bytes, const std::string& what) {
+        void* memory = nullptr;
+        require(cudaMalloc(&memory, bytes), std::to_string(bytes) + " bytes for " + what + " on " + name_);
+        return memory;
+    }
+    static void release(void* memory) { cudaFree(memory); }
+
+    void* allocate_pinned(size_t bytes) {
+        void* memory = nullptr;
+        require(cudaMallocHost(&memory, bytes), std::to_string(bytes) + " bytes of pinned memory");
+        return memory;
+    }
+    static void release_pinned(void* memory) { cudaFreeHost(memory); }
+
+    // Either way, and within the GPU; memory of the host that is not pinned may be used again on return.
+    void copy(void* to, const void* from, size_t bytes) {
+        require(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "a copy");
+    }
+    // `rows` of `width` bytes, which are so many bytes apart.
+    void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+        require(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, cudaMemcpyDefault, stream_), "a copy");
+    }
+    void clear(void* memory, size_t bytes) { require(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory"); }
+    void wait() { require(cudaStreamSynchronize(stream_), "what was put into the stream"); }
+
+    template <class Kernel>
+    void launch(const Grid& grid, size_t shared_bytes, const typename Kernel::Params& params) {
+        const auto kernel = enter<Kernel>;
+        const auto entry = reinterpret_cast<const void*>(kernel);
+        size_t& allowed = allowed_[entry];
+        if (shared_bytes > (size_t{48} << 10) && shared_bytes > allowed) {
+            require(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(shared_bytes)),
+                    std::to_string(shared_bytes) + " bytes of shared memory");
+            allowed = shared_bytes;
+        }
+        cudaLaunchConfig_t config{};
+        config.gridDim =
+            dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+        config.blockDim = dim3(Kernel::kThreads);
+        config.dynamicSmemBytes = shared_bytes;
+        config.stream = stream_;
+        cudaLaunchAttribute early{};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &early;
+        config.numAttrs = capability_ >= 90 ? 1 : 0;  // what simt::wait_for_inputs() waits for
+        require(cudaLaunchKernelEx(&config, kernel, params), "a kernel cannot be launched");
+    }
+
+    // What `work` puts into the stream, which is not done.
+    template <class Work>
+    Graph capture(const Work& work) {
+        require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "a graph cannot be captured");
+        cudaGraph_t captured = nullptr;
+        try {
+            work();
+        } catch (...) {
+            cudaStreamEndCapture(stream_, &captured);
+            if (captured != nullptr) cudaGraphDestroy(captured);
+            cudaGetLastError();
+            throw;
+        }
+        require(cudaStreamEndCapture(stream_, &captured), "a graph cannot be captured");
+        Graph graph;
+        const cudaError_t code = cudaGraphInstantiate(&graph.handle_, captured, 0);
+        cudaGraphDestroy(captured);
+        require(code, "a graph cannot be made");
+        return graph;
+    }
+    void run(const Graph& graph) { require(cudaGraphLaunch(graph.handle_, stream_), "a graph cannot be launched"); }
+
+  private:
+    int device_ = 0, capability_ = 0, multiprocessors_ = 0;
+    size_t shared_limit_ = 0;
+    std::string name_;
+    cudaStream_t stream_ = nullptr;
+    std::map<const void*, size_t> allowed_;  // shared memory, by kernel
+};
+
+}  // namespace on_cuda
+}  // namespace biomedgpt

@@ -1,0 +1,101 @@
+// What gpu_cuda.h is, for the emulation: work is done when it is put into the stream. Memory holds NaNs at first.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "common/error.h"
+#include "simt/simt.h"
+
+namespace biomedgpt {
+inline namespace on_host {
+
+using simt::Grid;
+
+class Graph {
+  private:
+    friend class Gpu;
+    std::vector<std::function<void()>> work_;
+};
+
+class Gpu {
+  public:
+    // Like a small GPU, so that tests come to the paths for such ones.
+    explicit Gpu(size_t memory = size_t{1} << 30, size_t shared_limit = size_t{99} << 10)
+        : memory_(memory), shared_limit_(shared_limit) {}
+
+    const std::string& name() const { return name_; }
+    int multiprocessors() const { return 4; }
+    size_t shared_limit() const { return shared_limit_; }
+    size_t free_memory() const { return memory_; }
+
+    void* allocate(size_t bytes, const std::string& what) {
+        // cudaMalloc's addresses are multiples of 256.
+        void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+        if (memory == nullptr) throw DeviceError(std::to_string(bytes) + " bytes for " + what + " on " + name_ + ".");
+        std::memset(memory, 0xff, bytes);
+        return memory;
+    }
+    static void release(void* memory) { std::free(memory); }
+    void* allocate_pinned(size_t bytes) { return allocate(bytes, "the host"); }
+    static void release_pinned(void* memory) { std::free(memory); }
+
+    void copy(void* to, const void* from, size_t bytes) {
+        put([=] { std::memcpy(to, from, bytes); });
+    }
+    void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+        put([=] {
+            for (size_t i = 0; i < rows; ++i) {
+                std::memcpy(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch,
+                            width);
+            }
+        });
+    }
+    void clear(void* memory, size_t bytes) {
+        put([=] { std::memset(memory, 0, bytes); });
+    }
+    void wait() {}
+
+    template <class Kernel>
+    void launch(const Grid& grid, size_t shared_bytes, const typename Kernel::Params& params) {
+        if (shared_bytes > shared_limit_) throw DeviceError(std::to_string(shared_bytes) + " bytes of shared memory.");
+        put([=] { simt::run_grid(grid, Kernel::kThreads, shared_bytes, [&] { Kernel::run(params); }); });
+    }
+
+    template <class Work>
+    Graph capture(const Work& work) {
+        Graph graph;
+        captured_ = &graph;
+        try {
+            work();
+        } catch (...) {
+            captured_ = nullptr;
+            throw;
+        }
+        captured_ = nullptr;
+        return graph;
+    }
+    void run(const Graph& graph) {
+        for (const auto& work : graph.work_) work();
+    }
+
+  private:
+    void put(std::function<void()> work) {
+        if (captured_ != nullptr) {
+            captured_->work_.push_back(std::move(work));
+        } else {
+            work();
+        }
+    }
+
+    size_t memory_, shared_limit_;
+    std::string name_ = "the emulation of a GPU";
+    Graph* captured_ = nullptr;
+};
+
+}  // namespace on_host
+}  // namespace biomedgpt

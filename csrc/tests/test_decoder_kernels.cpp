@@ -1,0 +1,456 @@
+// Each kernel of the GPU decoder, and what kernels are made of, in the emulation, against double precision.
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <numeric>
+#include <stdexcept>
+
+#include "decoder/attend.h"
+#include "decoder/attend_prompt.h"
+#include "decoder/embed.h"
+#include "decoder/norm.h"
+#include "decoder/product.h"
+#include "decoder_example.h"
+#include "runner.h"
+#include "simt/gpu.h"
+
+using namespace biomedgpt;
+using namespace biomedgpt::testing;
+
+namespace {
+
+// Sums in float32 of products of halves, which are exact.
+constexpr double kFloat = 3e-6;
+// One rounding to a half.
+constexpr double kHalf = 6e-4;
+
+// Rows of halves in the order of products, zeros behind them.
+std::vector<uint16_t> ordered(const Numbers& rows, int64_t columns, int64_t pitch) {
+    std::vector<uint16_t> halves(rows.size() / static_cast<size_t>(columns) * static_cast<size_t>(pitch));
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const auto row = static_cast<int64_t>(i) / columns, column = static_cast<int64_t>(i) % columns;
+        halves[static_cast<size_t>(row * pitch + place_of(static_cast<int>(column)))] =
+            float_to_half(static_cast<float>(rows[i]));
+    }
+    return halves;
+}
+
+Numbers from_ordered(const std::vector<uint16_t>& halves, int64_t columns, int64_t pitch) {
+    Numbers rows;
+    for (size_t row = 0; row < halves.size() / static_cast<size_t>(pitch); ++row) {
+        for (int64_t column = 0; column < columns; ++column) {
+            rows.push_back(half_to_float(
+                halves[row * static_cast<size_t>(pitch) + static_cast<size_t>(place_of(static_cast<int>(column)))]));
+        }
+    }
+    return rows;
+}
+
+template <class Kernel>
+void launch_product(Gpu& gpu, const ProductParams& params) {
+    const int panels = (params.rows + kPanel - 1) / kPanel;
+    gpu.launch<Kernel>({(params.count + Kernel::kColumns - 1) / Kernel::kColumns, Kernel::units_of(panels)},
+                       Kernel::shared_bytes(params.groups * params.group, params.count), params);
+}
+
+ProductParams params_of(const RandomMatrix& matrix, const std::vector<uint16_t>& x, int64_t pitch, int count) {
+    ProductParams params;
+    params.records = matrix.records.data();
+    params.bias = matrix.bias.empty() ? nullptr : matrix.bias.data();
+    params.rows = static_cast<int>(matrix.rows);
+    params.group = static_cast<int>(matrix.group);
+    params.groups = static_cast<int>((matrix.columns + matrix.group - 1) / matrix.group);
+    params.x = x.data();
+    params.pitch = static_cast<int>(pitch);
+    params.count = count;
+    return params;
+}
+
+Numbers product_of(const RandomMatrix& matrix, const Numbers& x) {
+    Numbers y;
+    for (size_t at = 0; at < x.size(); at += static_cast<size_t>(matrix.columns)) {
+        const auto row = matrix.times(&x[at]);
+        y.insert(y.end(), row.begin(), row.end());
+    }
+    return y;
+}
+
+template <int kBits, int kGroup, int kTiles, Output kOutput>
+void check_product(int64_t rows, int64_t columns, int64_t group, int count, bool biased) {
+    std::mt19937 random(static_cast<unsigned>(rows + columns + count));
+    RandomMatrix matrix(random, rows, columns, group, kBits);
+    if (biased) matrix.bias = floats_of(random_numbers(random, static_cast<size_t>(rows), 1));
+    const Numbers x = rounded(random_numbers(random, static_cast<size_t>(count * columns), 1));
+    const int64_t pitch = (columns + 127) / 128 * 128;
+    const auto halves = ordered(x, columns, pitch);
+    ProductParams params = params_of(matrix, halves, pitch, count);
+    std::vector<float> sums(static_cast<size_t>(count * rows), kOutput == Output::residual ? 1.5f : NAN);
+    params.sums = sums.data();
+    Gpu gpu;
+    launch_product<Product<kBits, kGroup, kTiles, Input::halves, kOutput>>(gpu, params);
+    Numbers expected = product_of(matrix, x);
+    if (kOutput == Output::residual) {
+        for (double& number : expected) number += 1.5;
+    }
+    CHECK(difference(sums.data(), expected) < kFloat);
+}
+
+// Keys and values of a head and more, NaN where no position was.
+struct RandomCache {
+    CacheShape shape;
+    std::vector<uint16_t> halves;
+
+    RandomCache(std::mt19937& random, const CacheShape& of, int layers, int positions)
+        : shape(of), halves(static_cast<size_t>(2 * layers * of.kv_heads * of.capacity * of.head_size), 0x7e00) {
+        std::normal_distribution<float> normal;
+        const auto size = static_cast<size_t>(of.head_size), capacity = static_cast<size_t>(of.capacity);
+        for (size_t i = 0; i < halves.size(); ++i) {
+            if (i / size % capacity < static_cast<size_t>(positions)) halves[i] = float_to_half(normal(random));
+        }
+    }
+
+    Numbers rows(int side, int head, int count) {
+        const uint16_t* from = head_rows(shape, halves.data(), side, head);
+        Numbers found;
+        for (int i = 0; i < count * shape.head_size; ++i) found.push_back(half_to_float(from[i]));
+        return found;
+    }
+};
+
+// Rows of queries, [heads * size] each.
+Numbers attended_rows(RandomCache& cache, const Numbers& queries, int heads, const std::vector<int>& positions) {
+    const int size = cache.shape.head_size;
+    Numbers expected;
+    for (size_t row = 0; row < positions.size(); ++row) {
+        for (int head = 0; head < heads; ++head) {
+            const int kv_head = head / (heads / cache.shape.kv_heads), count = positions[row] + 1;
+            const auto keys = cache.rows(kKeys, kv_head, count), values = cache.rows(kValues, kv_head, count);
+            const auto one = attended(
+                &queries[(row * static_cast<size_t>(heads) + static_cast<size_t>(head)) * static_cast<size_t>(size)],
+                keys.data(), values.data(), count, size, size);
+            expected.insert(expected.end(), one.begin(), one.end());
+        }
+    }
+    return expected;
+}
+
+template <int kHeadSize>
+void check_attend(int heads, int kv_heads, int splits, const std::vector<int>& positions) {
+    std::mt19937 random(static_cast<unsigned>(heads + splits));
+    const int rows = static_cast<int>(positions.size());
+    const int most = *std::max_element(positions.begin(), positions.end());
+    RandomCache cache(random, {kv_heads, kHeadSize, most + 5, 1}, 2, most + 1);
+    const Numbers queries = rounded(random_numbers(random, static_cast<size_t>(rows * heads * kHeadSize), 1));
+    std::vector<uint16_t> halves;
+    for (const double number : queries) halves.push_back(float_to_half(static_cast<float>(number)));
+    std::vector<RowPlace> places;
+    for (const int position : positions) places.push_back({cache.halves.data(), position, 0});
+    const int pitch = (heads * kHeadSize + 127) / 128 * 128;
+    std::vector<uint16_t> out(static_cast<size_t>(rows * pitch), 0x7e00);
+    std::vector<float> partial(static_cast<size_t>(rows * heads * splits * (kHeadSize + 2)), NAN);
+    std::vector<uint32_t> arrived(static_cast<size_t>(rows * heads));
+    Gpu gpu;
+    for (int again = 0; again < 2; ++again) {  // the counters are as they were
+        gpu.launch<Attend<kHeadSize>>(
+            {heads, splits, rows}, Attend<kHeadSize>::kShared,
+            {halves.data(), out.data(), pitch, cache.shape, places.data(), heads, splits,
+             kLog2E / std::sqrt(static_cast<float>(kHeadSize)), partial.data(), arrived.data()});
+    }
+    const auto found = from_ordered(out, heads * kHeadSize, pitch);
+    CHECK(difference(found.data(), attended_rows(cache, queries, heads, positions)) < kHalf);
+    CHECK(std::all_of(arrived.begin(), arrived.end(), [](uint32_t count) { return count == 0; }));
+}
+
+template <int kHeadSize>
+void check_attend_prompt(int heads, int kv_heads, int start, int rows) {
+    std::mt19937 random(static_cast<unsigned>(heads + start + rows));
+    RandomCache cache(random, {kv_heads, kHeadSize, start + rows + 3, 1}, 2, start + rows);
+    const Numbers queries = rounded(random_numbers(random, static_cast<size_t>(rows * heads * kHeadSize), 1));
+    std::vector<uint16_t> halves;
+    for (const double number : queries) halves.push_back(float_to_half(static_cast<float>(number)));
+    std::vector<RowPlace> places;
+    std::vector<int> positions;
+    for (int i = 0; i < rows; ++i) {
+        places.push_back({cache.halves.data(), start + i, 0});
+        positions.push_back(start + i);
+    }
+    const int pitch = (heads * kHeadSize + 127) / 128 * 128;
+    std::vector<uint16_t> out(static_cast<size_t>(rows * pitch), 0x7e00);
+    using Kernel = AttendPrompt<kHeadSize>;
+    Gpu gpu;
+    gpu.launch<Kernel>({(rows + Kernel::kRows - 1) / Kernel::kRows, heads}, Kernel::kShared,
+                       {halves.data(), out.data(), pitch, rows, cache.shape, places.data(), heads,
+                        kLog2E / std::sqrt(static_cast<float>(kHeadSize))});
+    const auto found = from_ordered(out, heads * kHeadSize, pitch);
+    // Weights are halves, too.
+    CHECK(difference(found.data(), attended_rows(cache, queries, heads, positions)) < 2 * kHalf);
+}
+
+template <int kHeadSize, Input kInput>
+void check_qkv(int heads, int kv_heads, int count, bool biased) {
+    std::mt19937 random(static_cast<unsigned>(heads + count));
+    const int columns = 104, rows = (heads + 2 * kv_heads) * kHeadSize, group = 64, pitch = 128;
+    RandomMatrix matrix(random, rows, columns, group);
+    if (biased) matrix.bias = floats_of(random_numbers(random, static_cast<size_t>(rows), 1));
+    RandomCache cache(random, {kv_heads, kHeadSize, 40, 1}, 2, 0);
+    const RandomRope rope(40, kHeadSize);
+    const auto source = floats_of(random_numbers(random, static_cast<size_t>(count * columns), 2));
+    const auto gain = floats_of(random_numbers(random, static_cast<size_t>(columns), 1));
+    Numbers x;
+    std::vector<RowPlace> places;
+    for (int i = 0; i < count; ++i) {
+        const Numbers row = widened({source.begin() + i * columns, source.begin() + (i + 1) * columns});
+        const Numbers one = rounded(kInput == Input::normed ? normed(row.data(), gain, 1e-5) : row);
+        x.insert(x.end(), one.begin(), one.end());
+        places.push_back({cache.halves.data(), 3 + 2 * i, 0});
+    }
+    const auto halves = ordered(x, columns, pitch);
+    ProductParams params = params_of(matrix, halves, pitch, count);
+    if (kInput == Input::normed) {
+        params.x = nullptr;
+        params.normed = {source.data(), gain.data(), nullptr, columns, 1e-5f};
+    }
+    std::vector<uint16_t> queries(static_cast<size_t>(count * heads * kHeadSize), 0x7e00);
+    params.out = queries.data();
+    params.out_pitch = heads * kHeadSize;
+    params.cache = cache.shape;
+    params.rope = {rope.cos.data(), rope.sin.data()};
+    params.places = places.data();
+    params.heads = heads;
+    Gpu gpu;
+    launch_product<Product<4, 0, 1, kInput, Output::qkv>>(gpu, params);
+    Numbers expected_queries, found_queries, expected, found;
+    for (const uint16_t half : queries) found_queries.push_back(half_to_float(half));
+    for (int i = 0; i < count; ++i) {
+        Numbers row = matrix.times(&x[static_cast<size_t>(i * columns)]);
+        const int position = places[static_cast<size_t>(i)].position;
+        for (int head = 0; head < heads + kv_heads; ++head) {
+            rotate(&row[static_cast<size_t>(head * kHeadSize)], kHeadSize, position, rope.cos, rope.sin);
+        }
+        expected_queries.insert(expected_queries.end(), row.begin(), row.begin() + heads * kHeadSize);
+        expected.insert(expected.end(), row.begin() + heads * kHeadSize, row.end());
+        for (const int side : {kKeys, kValues}) {
+            for (int head = 0; head < kv_heads; ++head) {
+                const auto rows_of = cache.rows(side, head, position + 1);
+                found.insert(found.end(), rows_of.end() - kHeadSize, rows_of.end());
+            }
+        }
+    }
+    CHECK(difference(found_queries.data(), expected_queries) < kHalf);
+    CHECK(difference(found.data(), expected) < kHalf);
+    const auto written =
+        std::count_if(cache.halves.begin(), cache.halves.end(), [](uint16_t h) { return h != 0x7e00; });
+    CHECK(written == 2 * kv_heads * kHeadSize * count);  // and nothing else of the cache
+}
+
+template <class Body>
+struct Bodied {
+    using Params = Body;
+    static constexpr int kThreads = 64, kBlocks = 1;
+    static void run(const Params& body) { body(); }
+};
+
+template <class Body>
+void run_threads(const Body& body, size_t shared = 256) {
+    Gpu gpu;
+    gpu.launch<Bodied<Body>>({2, 1, 1}, shared, body);
+}
+
+}  // namespace
+
+// --- the emulation
+// ----------------------------------------------------------------------------------------------------
+
+TEST(simt_barriers_that_some_threads_never_reach_are_errors) {
+    const auto stuck = [](const auto& body) {
+        try {
+            run_threads(body);
+        } catch (const std::logic_error&) {
+            return true;
+        }
+        return false;
+    };
+    CHECK(stuck([] {
+        if (simt::lane() != 3) simt::sync_warp();
+    }));
+    CHECK(stuck([] { simt::lane() == 0 ? simt::sync_warp() : simt::sync_block(); }));
+    CHECK(!stuck([] {
+        if (simt::warp() == 0) simt::sync_block();  // warps that have ended count as arrived
+    }));
+}
+
+TEST(simt_shared_memory_and_copies_that_nobody_waited_for_hold_nan) {
+    alignas(16) static const float source[4] = {1, 2, 3, 4};
+    static std::array<float, 3> seen;
+    run_threads([] {
+        auto* memory = reinterpret_cast<float*>(simt::shared());
+        if (simt::thread() != 0) return;
+        seen[0] = memory[0];
+        simt::copy_async(memory, source);
+        simt::commit_copies();
+        simt::copy_async(memory + 4, source);
+        simt::commit_copies();
+        simt::wait_copies<1>();
+        seen[1] = memory[1];
+        seen[2] = memory[5];
+        simt::wait_copies<0>();
+        if (memory[5] != 2) seen[1] = -1;
+    });
+    CHECK(std::isnan(seen[0]) && seen[1] == 2 && std::isnan(seen[2]));
+}
+
+TEST(simt_mma_multiplies_as_ptx_lays_fragments) {
+    std::mt19937 random(1);
+    static Numbers a, b;
+    a = rounded(random_numbers(random, 16 * 16, 1));
+    b = rounded(random_numbers(random, 16 * 8, 1));
+    static std::vector<float> found(16 * 8);
+    run_threads([] {
+        const int group = simt::lane() / 4, quarter = simt::lane() % 4;
+        const auto pair = [](const Numbers& from, int first, int second) {
+            return simt::half_pair(static_cast<float>(from[static_cast<size_t>(first)]),
+                                   static_cast<float>(from[static_cast<size_t>(second)]));
+        };
+        uint32_t of_a[4], of_b[2];
+        for (int i = 0; i < 4; ++i) {
+            const int at = (group + i % 2 * 8) * 16 + quarter * 2 + i / 2 * 8;
+            of_a[i] = pair(a, at, at + 1);
+        }
+        for (int i = 0; i < 2; ++i) {
+            const int row = quarter * 2 + i * 8;
+            of_b[i] = pair(b, row * 8 + group, (row + 1) * 8 + group);
+        }
+        float c[4] = {};
+        simt::mma(c, of_a, of_b);
+        for (int i = 0; i < 4; ++i) found[static_cast<size_t>((group + i / 2 * 8) * 8 + quarter * 2 + i % 2)] = c[i];
+    });
+    Numbers expected(16 * 8);
+    for (size_t i = 0; i < expected.size(); ++i) {
+        for (size_t k = 0; k < 16; ++k) expected[i] += a[i / 8 * 16 + k] * b[k * 8 + i % 8];
+    }
+    CHECK(difference(found.data(), expected) < kFloat);
+}
+
+// --- kernels
+// ----------------------------------------------------------------------------------------------------------
+
+TEST(product_of_few_rows) {
+    for (const int count : {1, 2, 3, 8}) {
+        check_product<4, 128, 1, Output::logits>(77, 256, 128, count, false);
+        check_product<4, 128, 1, Output::residual>(64, 1300, 128, count, true);
+        check_product<4, 0, 1, Output::residual>(33, 200, 64, count, false);
+        check_product<4, 0, 1, Output::logits>(31, 360, 32, count, true);
+    }
+}
+
+TEST(product_of_eight_bits) {
+    for (const int count : {1, 5, 8}) {
+        check_product<8, 128, 1, Output::logits>(77, 300, 128, count, false);
+        check_product<8, 0, 1, Output::logits>(40, 136, 64, count, false);
+        check_product<8, 0, 1, Output::logits>(40, 136, 32, count, false);
+    }
+}
+
+TEST(product_of_many_rows) {
+    check_product<4, 128, 4, Output::residual>(40, 264, 128, 9, true);
+    check_product<4, 128, 4, Output::residual>(32, 128, 128, 33, false);
+    check_product<4, 128, 8, Output::residual>(64, 1152, 128, 70, false);
+    check_product<4, 0, 8, Output::residual>(50, 160, 32, 128, false);
+    check_product<4, 0, 4, Output::residual>(50, 72, 64, 32, false);
+}
+
+TEST(product_of_gate_and_up) {
+    std::mt19937 random(5);
+    const int rows = 75, columns = 200, count = 3, pitch = 256, out_pitch = 128;
+    const RandomMatrix gate(random, rows, columns, 128, 4, 0.03), up(random, rows, columns, 128, 4, 0.03);
+    const auto both = interleaved(gate, up);
+    const Numbers x = rounded(random_numbers(random, count * columns, 1));
+    const auto halves = ordered(x, columns, pitch);
+    ProductParams params = params_of(gate, halves, pitch, count);
+    params.records = both.data();
+    std::vector<uint16_t> out(count * out_pitch, 0x7e00);
+    params.out = out.data();
+    params.out_pitch = out_pitch;
+    Gpu gpu;
+    launch_product<Product<4, 128, 1, Input::halves, Output::gated>>(gpu, params);
+    Numbers expected = product_of(gate, x);
+    const Numbers other = product_of(up, x);
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] = silu(expected[i]) * other[i];
+    CHECK(difference(from_ordered(out, rows, out_pitch).data(), expected) < kHalf);
+    const auto written = std::count_if(out.begin(), out.end(), [](uint16_t half) { return half != 0x7e00; });
+    CHECK(written == rows * count);  // zeros that stand behind a row stay
+}
+
+TEST(product_rotates_and_keeps_keys_and_values) {
+    check_qkv<128, Input::halves>(2, 1, 3, false);
+    check_qkv<64, Input::halves>(3, 3, 2, true);
+    check_qkv<32, Input::halves>(3, 1, 4, true);
+}
+
+TEST(product_of_normed_rows) {
+    check_qkv<128, Input::normed>(1, 1, 1, true);
+    check_qkv<64, Input::normed>(2, 1, 8, false);
+    check_qkv<32, Input::normed>(2, 2, 5, false);
+}
+
+TEST(norm_of_picked_rows) {
+    std::mt19937 random(2);
+    const int columns = 120, pitch = 128;
+    const auto source = floats_of(random_numbers(random, 5 * columns, 3));
+    const auto gain = floats_of(random_numbers(random, columns, 1));
+    const std::vector<int32_t> picked = {4, 0, 4};
+    std::vector<uint16_t> out(3 * pitch, 0x7e00);
+    Gpu gpu;
+    gpu.launch<Norm>({3}, Norm::kShared,
+                     {{source.data(), gain.data(), picked.data(), columns, 1e-6f}, out.data(), pitch});
+    Numbers expected;
+    for (const int32_t row : picked) {
+        const auto from = widened({source.begin() + row * columns, source.begin() + (row + 1) * columns});
+        const auto one = normed(from.data(), gain, 1e-6);
+        expected.insert(expected.end(), one.begin(), one.end());
+    }
+    CHECK(difference(from_ordered(out, columns, pitch).data(), expected) < kHalf);
+    for (int row = 0; row < 3; ++row) {
+        for (int i = columns; i < pitch; ++i) CHECK(out[static_cast<size_t>(row * pitch + i)] == 0);
+    }
+}
+
+TEST(attention_of_few_rows) {
+    check_attend<128>(2, 1, 1, {0});
+    check_attend<128>(2, 2, 4, {37, 2});
+    check_attend<64>(4, 2, 16, {5, 130, 0});
+    check_attend<64>(2, 1, 3, {64, 65, 66, 67});
+    check_attend<32>(3, 1, 7, {99});
+}
+
+TEST(attention_of_a_prompt) {
+    check_attend_prompt<128>(1, 1, 0, 65);
+    check_attend_prompt<64>(4, 2, 5, 9);
+    check_attend_prompt<64>(1, 1, 63, 1);
+    check_attend_prompt<32>(2, 1, 100, 130);
+}
+
+TEST(attention_whose_largest_score_comes_last_or_first) {
+    // Scores that differ by thousands: what was kept before has to vanish, and nothing may become NaN.
+    std::mt19937 random(8);
+    for (const int place : {0, 40, 69}) {
+        RandomCache cache(random, {1, 32, 70, 0}, 1, 70);
+        for (int i = 0; i < 32; ++i)
+            head_rows(cache.shape, cache.halves.data(), kKeys, 0)[place * 32 + i] = float_to_half(900);
+        const std::vector<uint16_t> query(32, float_to_half(30));
+        const RowPlace at = {cache.halves.data(), 69, 0};
+        std::vector<uint16_t> out(128), prompt(128);
+        std::vector<float> partial(4 * 34);
+        uint32_t arrived = 0;
+        Gpu gpu;
+        gpu.launch<Attend<32>>(
+            {1, 4, 1}, Attend<32>::kShared,
+            {query.data(), out.data(), 128, cache.shape, &at, 1, 4, 0.25f, partial.data(), &arrived});
+        gpu.launch<AttendPrompt<32>>({1, 1}, AttendPrompt<32>::kShared,
+                                     {query.data(), prompt.data(), 128, 1, cache.shape, &at, 1, 0.25f});
+        const auto values = cache.rows(kValues, 0, 70);
+        const Numbers expected(values.begin() + place * 32, values.begin() + place * 32 + 32);
+        CHECK(difference(from_ordered(out, 32, 128).data(), expected) < kHalf);
+        CHECK(difference(from_ordered(prompt, 32, 128).data(), expected) < kHalf);
+    }
+}
