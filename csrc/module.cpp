@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -16,7 +17,9 @@
 #include "int4/int4.h"
 #include "int8/int8.h"
 #include "probe/probe.h"
+#include "python/arguments.h"
 #include "python/array.h"
+#include "python/decoder_binding.h"
 #include "splice/splice.h"
 
 #if defined(BIOMEDGPT_HAVE_CUDA)
@@ -31,9 +34,14 @@ using biomedgpt::DType;
 using biomedgpt::Matrix;
 using biomedgpt::python::ArgName;
 using biomedgpt::python::Array;
+using biomedgpt::python::bool_of;
 using biomedgpt::python::Expected;
+using biomedgpt::python::int_of;
 using biomedgpt::python::Place;
+using biomedgpt::python::text_of;
 using biomedgpt::python::type_name;
+using biomedgpt::python::TypedArray;
+using biomedgpt::python::Use;
 
 namespace {
 
@@ -64,40 +72,12 @@ constexpr Expected kInt8Residual{2, "float32 [rows, N], contiguous, or None"};
 constexpr Expected kInt8Values{2, "int8 [rows, K rounded up to a multiple of 64], contiguous and writeable"};
 constexpr Expected kInt8RowScales{1, "float32 [rows], contiguous and writeable"};
 
-// True and False, which are ints to Python, are more likely to be a mistake than a number here.
-int64_t int_of(py::handle value, const ArgName& name) {
-    if (!PyLong_Check(value.ptr()) || PyBool_Check(value.ptr())) {
-        throw ArgumentError(name.text(), type_name(value), "an int");
-    }
-    int overflow = 0;
-    const long long number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
-    if (overflow != 0) throw ArgumentError(name.text(), "a number beyond 64 bits", "a smaller one");
-    return number;
-}
-
 int threads_of(py::handle value) {
     const int64_t threads = int_of(value, {"threads"});
     if (threads != static_cast<int>(threads)) {
         throw ArgumentError("threads", std::to_string(threads), "a number of threads");
     }
     return static_cast<int>(threads);
-}
-
-bool bool_of(py::handle value, const ArgName& name) {
-    if (!PyBool_Check(value.ptr())) throw ArgumentError(name.text(), type_name(value), "a bool");
-    return value.is(py::handle(Py_True));
-}
-
-// Valid as long as `value` is.
-std::string_view text_of(py::handle value, const ArgName& name) {
-    if (!PyUnicode_Check(value.ptr())) throw ArgumentError(name.text(), type_name(value), "a str");
-    Py_ssize_t size = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
-    if (text == nullptr) {
-        PyErr_Clear();
-        throw ArgumentError(name.text(), "a str that UTF-8 cannot encode", "a name");
-    }
-    return {text, static_cast<size_t>(size)};
 }
 
 Matrix matrix_of(const Array& array) {
@@ -285,40 +265,6 @@ void splice_cuda(const py::object&, const py::object&, const py::object&, const 
 }
 
 #endif
-
-// An array of one type, contiguous and, where it is filled, writeable.
-enum class Use { read, filled };
-
-class TypedArray {
-  public:
-    TypedArray(py::handle value, const char* name, const Expected& expected, DType dtype, Use use)
-        : array_(value, {name}, expected, place_) {
-        if (array_.dtype() != dtype) array_.refuse();
-        if (!array_.contiguous()) array_.refuse(", not contiguous");
-        if (use == Use::filled && !array_.writeable()) array_.refuse(", read-only");
-        if (reinterpret_cast<uintptr_t>(array_.data()) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
-            array_.refuse(", misaligned");
-        }
-    }
-
-    template <typename Element>
-    Element* data() const {
-        return static_cast<Element*>(array_.data());
-    }
-    int64_t rows() const { return array_.shape(0); }
-    int64_t columns() const { return array_.shape(1); }
-    void require(int64_t rows, int64_t columns) const {
-        if (this->rows() == rows && this->columns() == columns) return;
-        array_.refuse(" where [" + std::to_string(rows) + ", " + std::to_string(columns) + "] is needed");
-    }
-    void require(int64_t count) const {
-        if (rows() != count) array_.refuse(" where [" + std::to_string(count) + "] is needed");
-    }
-
-  private:
-    Place place_;
-    Array array_;
-};
 
 py::tuple int4_records_shape(const py::object& rows, const py::object& columns, const py::object& group) {
     const biomedgpt::Int4Shape shape{int_of(rows, {"rows"}), int_of(columns, {"columns"}), int_of(group, {"group"})};
@@ -599,25 +545,13 @@ double run_arithmetic(const py::object& name, const py::object& kind, const py::
     return biomedgpt::run_arithmetic(loop, operands, count);
 }
 
-// Texts may hold bytes of other libraries, such as the names of their capsules, or be cut within a character.
-py::object decoded(std::string_view text) {
-    return py::reinterpret_steal<py::object>(
-        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace"));
-}
-
-void set_error(const char* type_name, const std::exception& error, const py::object& seen) {
-    const py::object type = py::module_::import("biomedgpt_edge.errors").attr(type_name);
-    PyErr_SetObject(type.ptr(), type(decoded(error.what()), py::arg("seen") = seen).ptr());
-}
-
-void translate_error(std::exception_ptr thrown) {
-    try {
-        if (thrown) std::rethrow_exception(thrown);
-    } catch (const ArgumentError& error) {
-        set_error("KernelArgumentError", error, decoded(error.given()));
-    } catch (const biomedgpt::DeviceError& error) {
-        set_error("PlatformError", error, py::none());
-    }
+std::unique_ptr<biomedgpt::CudaDecoder> make_decoder(const biomedgpt::DecoderModel& model, int64_t capacity) {
+#if defined(BIOMEDGPT_HAVE_CUDA)
+    return biomedgpt::make_cuda_decoder(model, capacity);
+#else
+    static_cast<void>(model), static_cast<void>(capacity);
+    throw biomedgpt::DeviceError("This build has no CUDA kernels; BIOMEDGPT_CUDA=ON makes one that has.");
+#endif
 }
 
 }  // namespace
@@ -711,7 +645,7 @@ Raises KernelArgumentError, with nothing written, for anything else.)";
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native kernels. Arrays are used in place: nothing is copied, cast or kept.";
     module.attr("__version__") = BIOMEDGPT_VERSION;
-    py::register_local_exception_translator(&translate_error);
+    py::register_local_exception_translator(&biomedgpt::python::translate_error);
     module.def("splice", &splice, kSpliceDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
                py::arg("segments"), py::arg("threads") = 1, py::arg("path") = "auto", py::arg("allow_16bit") = false);
     module.def("splice_cuda", &splice_cuda, kSpliceCudaDoc, py::arg("out"), py::arg("table"), py::arg("table_scales"),
@@ -749,6 +683,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("read_memory", &read_memory, py::arg("words"), py::arg("pattern"));
     module.def("arithmetic_loops", &arithmetic_loops);
     module.def("run_arithmetic", &run_arithmetic, py::arg("name"), py::arg("kind"), py::arg("steps"));
+    biomedgpt::python::bind_decoder(module, &make_decoder);
+    biomedgpt::python::bind_head_layout(module);
     module.def("cuda_compiled", &biomedgpt::cuda_compiled);
     module.def("cuda_device_count", &biomedgpt::cuda_device_count);
 }

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +31,24 @@ def device_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIOMEDGPT_EDGE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def cpp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the C++ tests and the emulation of a GPU were built."""
+    from cpp_build import built
+
+    # Processes of pytest-xdist have folders of their own in one that they share.
+    base = tmp_path_factory.getbasetemp()
+    return built(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="session")
+def emulated_decoder(cpp_folder: Path) -> type[Any]:
+    """What stands for ``_native.CudaDecoder`` on a machine without a GPU: the same kernels, emulated."""
+    from cpp_build import emulated
+
+    return emulated(cpp_folder).CudaDecoder  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ shows in the logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,12 @@ class OrtRunner:
     """A :class:`biomedgpt_edge.decoder.static_kv.Runner` of a standard graph; its KV caches are updated in place.
 
     Attributes:
+        table: for those who run tokens.
         kv: how they are read and written.
         caches: how many were made and not given back.
     """
+
+    table: EmbeddingTable
 
     def __init__(self, graph: Path, spec: DecoderSpec, capacity: int | None = None) -> None:
         self.session = open_exact(graph)
@@ -84,6 +87,9 @@ class OrtRunner:
     def write(self, cache: Cache, values: Values) -> None:
         for name, array in zip(self.kv.names, values, strict=True):
             cache[name][0, :, : array.shape[1]] = array
+
+    def run_tokens(self, cache: Cache, tokens: Sequence[int], start: int) -> Logits:
+        return self.run(cache, self.table.lookup(tokens), start, np.arange(len(tokens)))
 
     def inputs(
         self, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]
@@ -130,7 +136,7 @@ class RunnerDecoder:
         self.kv = runner.kv
         self.identity = "a test's"
         self._spec = spec
-        self._table = table
+        runner.table = table
 
     def open(self, capacity: int, start: KeyValues | None = None) -> StaticState:
-        return StaticState(self.runner, self._spec, self.kv, self._table, capacity, start)
+        return StaticState(self.runner, self._spec, self.kv, capacity, start)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "decoder/choose.h"
 
 struct CUstream_st;
 
@@ -56,12 +57,15 @@ struct DecoderModel {
     DType embedding_type = DType::f16;
     const float* embedding_scales = nullptr;  // [vocabulary], of int8
     int64_t vocabulary = 0;
+    int64_t choosable = 0;  // logits of a row that may be chosen, the first ones
 };
 
 // Rows that begin with tokens, and wanted rows of a call: what a product takes at the price of one row.
 constexpr int64_t kMaxDecodeRows = 8;
 // Rows of a prompt in a call.
 constexpr int64_t kMaxPromptRows = 256;
+// Steps of a chain.
+constexpr int64_t kMaxChain = 256;
 
 struct DecoderRow {
     int64_t cache = 0;
@@ -75,7 +79,16 @@ struct DecoderCall {
     std::vector<DecoderRow> rows;
     const float* embeddings = nullptr;  // [rows, hidden]; null for those of the tokens
     std::vector<int64_t> wanted;        // of the rows: at most kMaxDecodeRows
-    float* logits = nullptr;            // [wanted, logits of a row]
+    float* logits = nullptr;            // [wanted, logits of a row]; may be null where tokens are chosen
+    std::vector<Choice> choices;        // of each that is wanted, or empty
+    Chosen* chosen = nullptr;           // [wanted]
+};
+
+// Steps of one sequence, each of which begins with the token that was chosen by the one before.
+struct DecoderChain {
+    DecoderRow row;               // the first
+    std::vector<Choice> choices;  // for each step, at most kMaxChain
+    Chosen* chosen = nullptr;     // [steps]
 };
 
 // One call at a time; calls from several threads wait for each other. Methods throw ArgumentError, or DeviceError where
@@ -97,11 +110,15 @@ class CudaDecoder {
     virtual void write_cache(int64_t cache, int64_t positions, const uint16_t* from) = 0;
 
     virtual void run(const DecoderCall& call) = 0;
+    // Nothing comes back but tokens, and those at the end alone. After a step whose largest logit is no number, tokens
+    // mean nothing.
+    virtual void run_chain(const DecoderChain& chain) = 0;
 };
 
 // Throws ArgumentError for a model that the kernels do not compute, or a capacity beyond the rotation's tables.
 void check_decoder(const DecoderModel& model, int64_t capacity);
 void check_call(const DecoderModel& model, int64_t capacity, const DecoderCall& call);
+void check_chain(const DecoderModel& model, int64_t capacity, const DecoderChain& chain);
 
 // On the GPU that is current. Throws DeviceError where it has too little memory, before anything is brought there, for
 // all of it and one cache.

@@ -1,4 +1,5 @@
 // What kernels of the decoder count on.
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -31,6 +32,19 @@ void check_matrix(const std::string& name, const DecoderMatrix& matrix, int64_t 
     check_int4_shape(shape);
     const int64_t bytes = matrix.bits == 4 ? shape.bytes() : int8_head_bytes(rows, columns, matrix.group);
     require(matrix.bytes == times * bytes, name + ".bytes", matrix.bytes, std::to_string(times * bytes));
+}
+
+// Written so that NaN is refused.
+void check_choice(const Choice& choice) {
+    const auto refuse = [](const char* what, float given, const char* expected) {
+        throw ArgumentError(what, std::to_string(given), expected);
+    };
+    if (!(choice.inverse_temperature >= 0 && choice.inverse_temperature <= std::numeric_limits<float>::max())) {
+        refuse("inverse_temperature", choice.inverse_temperature, "0 or more, and finite");
+    }
+    require(choice.top_k >= 0, "top_k", choice.top_k, "0 or more");
+    if (!(choice.top_p > 0 && choice.top_p <= 1)) refuse("top_p", choice.top_p, "above 0, and at most 1");
+    if (!(choice.uniform >= 0 && choice.uniform < 1)) refuse("uniform", choice.uniform, "0 or more, and below 1");
 }
 
 void check_sizes(const DecoderModel& model) {
@@ -72,6 +86,8 @@ void check_decoder(const DecoderModel& model, int64_t capacity) {
     }
     check_matrix("head", model.head, model.head.rows, model.hidden, 1);
     require(model.head.rows < kMaxWidth, "head.rows", model.head.rows, "at most 2^20 - 1");
+    require(model.choosable > 0 && model.choosable <= model.head.rows, "choosable", model.choosable,
+            "1 to the " + std::to_string(model.head.rows) + " rows of the head");
     require_there(model.final_norm, "final_norm");
     require_there(model.rope_cos, "rope_cos");
     require_there(model.rope_sin, "rope_sin");
@@ -103,7 +119,23 @@ void check_call(const DecoderModel& model, int64_t capacity, const DecoderCall& 
         require(row.cache == first.cache && row.position == first.position + i, "rows", count,
                 "at most " + std::to_string(kMaxDecodeRows) + ", or positions of one cache, one after the other");
     }
-    if (wanted > 0) require_there(call.logits, "logits");
+    const auto choices = static_cast<int64_t>(call.choices.size());
+    require(choices == 0 || choices == wanted, "choices", choices, "one for each wanted row, or none");
+    for (const Choice& choice : call.choices) check_choice(choice);
+    if (choices > 0) require_there(call.chosen, "chosen");
+    if (wanted > 0 && choices == 0) require_there(call.logits, "logits");
+}
+
+void check_chain(const DecoderModel& model, int64_t capacity, const DecoderChain& chain) {
+    const auto steps = static_cast<int64_t>(chain.choices.size());
+    require(steps > 0 && steps <= kMaxChain, "choices", steps, "1 to " + std::to_string(kMaxChain));
+    require(chain.row.position >= 0 && chain.row.position <= capacity - steps, "position", chain.row.position,
+            "0 to " + std::to_string(capacity - steps));
+    require(chain.row.token >= 0 && chain.row.token < model.vocabulary, "token", chain.row.token,
+            "0 to " + std::to_string(model.vocabulary - 1));
+    require(model.choosable <= model.vocabulary, "choosable", model.choosable, "at most the tokens of the table");
+    for (const Choice& choice : chain.choices) check_choice(choice);
+    require_there(chain.chosen, "chosen");
 }
 
 }  // namespace biomedgpt

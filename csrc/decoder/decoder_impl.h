@@ -2,19 +2,20 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <numeric>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/error.h"
 #include "decoder/attend.h"
 #include "decoder/attend_prompt.h"
+#include "decoder/choose.h"
 #include "decoder/decoder.h"
 #include "decoder/embed.h"
 #include "decoder/norm.h"
@@ -100,14 +101,43 @@ class DecoderOn final : public CudaDecoder {
         for (int i = 0; i < wanted; ++i) {
             host_picked_.get()[i] = static_cast<int32_t>(call.wanted[static_cast<size_t>(i)]);
         }
+        std::copy(call.choices.begin(), call.choices.end(), host_choices_.get());
+        const Wanted back = {wanted, call.logits != nullptr, !call.choices.empty()};
         if (call.embeddings != nullptr) {
             gpu_.copy(residual_.get(), call.embeddings, static_cast<size_t>(count * model_.hidden) * sizeof(float));
-            work(count, wanted, false);
+            work(count, back, false);
         } else {
-            run_tokens(count, wanted);
+            run_tokens(count, back);
         }
         gpu_.wait();
-        std::copy_n(host_logits_.get(), static_cast<size_t>(wanted * model_.head.rows), call.logits);
+        if (back.logits) std::copy_n(host_logits_.get(), static_cast<size_t>(wanted * model_.head.rows), call.logits);
+        if (back.choices) std::copy_n(host_chosen_.get(), wanted, call.chosen);
+    }
+
+    void run_chain(const DecoderChain& chain) override {
+        check_chain(model_, capacity_, chain);
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const size_t steps = chain.choices.size();
+        host_places_.get()[0] = {find(chain.row.cache), static_cast<int32_t>(chain.row.position),
+                                 static_cast<int32_t>(chain.row.token)};
+        host_picked_.get()[0] = 0;
+        std::copy(chain.choices.begin(), chain.choices.end(), host_choices_.get());
+        gpu_.copy(places_.get(), host_places_.get(), sizeof(RowPlace));
+        gpu_.copy(picked_.get(), host_picked_.get(), sizeof(int32_t));
+        gpu_.copy(choices_.get(), host_choices_.get(), steps * sizeof(Choice));
+        gpu_.clear(step_.get(), step_.bytes());
+        size_t left = steps;
+        if (!chain_.has_value()) {
+            // The first time, kernels are loaded, which a capture does not allow.
+            chained_step();
+            gpu_.wait();
+            chain_ = gpu_.capture([&] { chained_step(); });
+            --left;
+        }
+        for (; left > 0; --left) gpu_.run(*chain_);
+        gpu_.copy(host_chosen_.get(), chosen_.get(), steps * sizeof(Chosen));
+        gpu_.wait();
+        std::copy_n(host_chosen_.get(), steps, chain.chosen);
     }
 
   private:
@@ -215,9 +245,14 @@ class DecoderOn final : public CudaDecoder {
         logits_ = zeros<float>(few * model_.head.rows);
         partial_ = zeros<float>(few * model_.heads * kMaxSplits * (model_.head_size + 2));
         arrived_ = zeros<uint32_t>(few * model_.heads);
+        choices_ = zeros<Choice>(kMaxChain);
+        chosen_ = zeros<Chosen>(kMaxChain);
+        step_ = zeros<uint32_t>(1);
         host_places_ = Pinned<RowPlace>(gpu_, static_cast<size_t>(rows));
         host_picked_ = Pinned<int32_t>(gpu_, static_cast<size_t>(few));
         host_logits_ = Pinned<float>(gpu_, static_cast<size_t>(few * model_.head.rows));
+        host_choices_ = Pinned<Choice>(gpu_, static_cast<size_t>(kMaxChain));
+        host_chosen_ = Pinned<Chosen>(gpu_, static_cast<size_t>(kMaxChain));
     }
 
     // What was brought is no longer the caller's to keep.
@@ -229,8 +264,18 @@ class DecoderOn final : public CudaDecoder {
 
     // --- work -----------------------------------------------------------------------------------------------------
 
+    // What a call gives back, of how many rows.
+    struct Wanted {
+        int rows;
+        bool logits, choices;
+
+        bool operator<(const Wanted& other) const {
+            return std::tie(rows, logits, choices) < std::tie(other.rows, other.logits, other.choices);
+        }
+    };
+
     // A token's rows are the same work each time but for what the host leaves in pinned memory: a graph.
-    void run_tokens(int count, int wanted) {
+    void run_tokens(int count, const Wanted& wanted) {
         const auto key = std::make_pair(count, wanted);
         const auto found = graphs_.find(key);
         if (found != graphs_.end()) {
@@ -243,17 +288,51 @@ class DecoderOn final : public CudaDecoder {
         if (count <= kMaxDecodeRows) graphs_.emplace(key, gpu_.capture([&] { work(count, wanted, true); }));
     }
 
-    void work(int count, int wanted, bool tokens) {
+    void work(int count, const Wanted& wanted, bool tokens) {
         gpu_.copy(places_.get(), host_places_.get(), static_cast<size_t>(count) * sizeof(RowPlace));
         if (tokens) embed(count);
+        run_layers(count);
+        if (wanted.rows == 0) return;
+        const auto rows = static_cast<size_t>(wanted.rows);
+        gpu_.copy(picked_.get(), host_picked_.get(), rows * sizeof(int32_t));
+        run_head(wanted.rows);
+        if (wanted.logits) {
+            gpu_.copy(host_logits_.get(), logits_.get(), rows * static_cast<size_t>(model_.head.rows) * sizeof(float));
+        }
+        if (!wanted.choices) return;
+        gpu_.copy(choices_.get(), host_choices_.get(), rows * sizeof(Choice));
+        choose(wanted.rows, nullptr);
+        gpu_.copy(host_chosen_.get(), chosen_.get(), rows * sizeof(Chosen));
+    }
+
+    void chained_step() {
+        embed(1);
+        run_layers(1);
+        run_head(1);
+        choose(1, step_.get());
+    }
+
+    void run_layers(int count) {
         for (size_t i = 0; i < layers_.size(); ++i) run_layer(layers_[i], static_cast<int>(i), count);
-        if (wanted == 0) return;
-        gpu_.copy(picked_.get(), host_picked_.get(), static_cast<size_t>(wanted) * sizeof(int32_t));
-        norm(final_norm_, wanted, picked_.get());
-        ProductParams params = product_of(head_, wanted);
+    }
+
+    void run_head(int rows) {
+        norm(final_norm_, rows, picked_.get());
+        ProductParams params = product_of(head_, rows);
         params.sums = logits_.get();
         multiply_halves<Output::logits>(head_, params, normed_.get(), padded(model_.hidden));
-        gpu_.copy(host_logits_.get(), logits_.get(), static_cast<size_t>(wanted * model_.head.rows) * sizeof(float));
+    }
+
+    void choose(int rows, uint32_t* step) {
+        ChooseParams params;
+        params.logits = logits_.get();
+        params.width = head_.rows;
+        params.count = static_cast<int>(model_.choosable);
+        params.choices = choices_.get();
+        params.chosen = chosen_.get();
+        params.step = step;
+        params.places = places_.get();
+        gpu_.launch<Choose>({rows}, Choose::kShared, params);
     }
 
     void embed(int count) {
@@ -424,13 +503,18 @@ class DecoderOn final : public CudaDecoder {
     Buffer<int32_t> picked_;
     Buffer<float> residual_, logits_, partial_;
     Buffer<uint16_t> normed_, queries_, attended_, gated_;
-    Buffer<uint32_t> arrived_;
+    Buffer<uint32_t> arrived_, step_;
+    Buffer<Choice> choices_;
+    Buffer<Chosen> chosen_;
     Pinned<RowPlace> host_places_;
     Pinned<int32_t> host_picked_;
     Pinned<float> host_logits_;
+    Pinned<Choice> host_choices_;
+    Pinned<Chosen> host_chosen_;
     std::map<int64_t, Buffer<uint16_t>> caches_;
     int64_t next_cache_ = 1;
-    std::map<std::pair<int, int>, Graph> graphs_;
+    std::map<std::pair<int, Wanted>, Graph> graphs_;
+    std::optional<Graph> chain_;
 };
 
 }  // namespace BIOMEDGPT_SIMT

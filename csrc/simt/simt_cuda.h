@@ -132,6 +132,11 @@ BIOMEDGPT_DEVICE uint32_t fetch_add(uint32_t* counter, uint32_t value) {
     return atomicAdd(counter, value);
 }
 
+BIOMEDGPT_DEVICE void fetch_add(uint64_t* sum, uint64_t value) {
+    static_assert(sizeof(unsigned long long) == sizeof(uint64_t), "");
+    atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(value));
+}
+
 BIOMEDGPT_DEVICE void fence() {
     __threadfence();
 }

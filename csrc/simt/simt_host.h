@@ -34,8 +34,8 @@ void sync_block();
 void sync_warp();
 char* shared();
 
-// What the lanes of a warp show each other: eight words of each, which stay until the next exchange but one.
-constexpr int kExchanged = 8;
+// What the lanes of a warp show each other: twelve words of each, which stay until the next exchange but one.
+constexpr int kExchanged = 12;
 struct Shown {
     uint32_t lanes[kWarpSize][kExchanged];
 
@@ -114,19 +114,24 @@ inline uint32_t half_pair(float low, float high) {
 }
 
 // Where a lane's fragments of mma.m16n8k16 lie. A [16, 16]: registers 0 to 3 hold rows lane / 4 and that plus 8,
-// columns 2 * (lane % 4) and the next, then the same plus 8. B [16, 8]: rows as those columns, column lane / 4.
+// columns 2 * (lane % 4) and the next, then the same plus 8. B [16, 8]: rows as those columns, column lane / 4. Lanes
+// show them as floats: each half is read by many.
 inline float of_a(const Shown& shown, int row, int column) {
-    const uint32_t pair = shown[row % 8 * 4 + column % 8 / 2][row / 8 + column / 8 * 2];
-    return column % 2 == 0 ? low_half(pair) : high_half(pair);
+    return bits_float(shown[row % 8 * 4 + column % 8 / 2][(row / 8 + column / 8 * 2) * 2 + column % 2]);
 }
 
 inline float of_b(const Shown& shown, int row, int column) {
-    const uint32_t pair = shown[column * 4 + row % 8 / 2][4 + row / 8];
-    return row % 2 == 0 ? low_half(pair) : high_half(pair);
+    return bits_float(shown[column * 4 + row % 8 / 2][8 + row / 8 * 2 + row % 2]);
 }
 
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    const Shown& shown = exchange({a[0], a[1], a[2], a[3], b[0], b[1]});
+    uint32_t words[kExchanged];
+    for (int i = 0; i < 6; ++i) {
+        const uint32_t pair = i < 4 ? a[i] : b[i - 4];
+        words[2 * i] = float_bits(low_half(pair));
+        words[2 * i + 1] = float_bits(high_half(pair));
+    }
+    const Shown& shown = exchange(words);
     for (int i = 0; i < 4; ++i) {
         const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
         float sum = c[i];
@@ -167,6 +172,10 @@ inline uint32_t fetch_add(uint32_t* counter, uint32_t value) {
     const uint32_t before = *counter;
     *counter += value;
     return before;
+}
+
+inline void fetch_add(uint64_t* sum, uint64_t value) {
+    *sum += value;
 }
 
 inline void fence() {}

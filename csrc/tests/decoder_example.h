@@ -239,7 +239,7 @@ class RandomModel {
         model.rope_cos = rope_.cos.data();
         model.rope_sin = rope_.sin.data();
         model.embeddings = halves_.data();
-        model.vocabulary = sizes_.vocabulary;
+        model.vocabulary = model.choosable = sizes_.vocabulary;
         return model;
     }
 

@@ -1,7 +1,7 @@
 // The GPU decoder as a whole, in the emulation, against double precision.
 #include <algorithm>
 #include <functional>
-#include <numeric>
+#include <utility>
 
 #include "common/error.h"
 #include "decoder_example.h"
@@ -273,27 +273,30 @@ TEST(decoder_refuses_calls_that_cannot_be) {
     const auto decoder = make_emulated_decoder(model.view(), 20);
     const int64_t cache = decoder->new_cache();
     std::vector<float> logits(static_cast<size_t>(9 * model.logits())), embeddings(300 * 64);
-    const auto refuses = [&](const char* what, DecoderCall call) {
+    const auto refuses = [&](const char* what, std::vector<DecoderRow> rows, const float* x,
+                             std::vector<int64_t> wanted) {
+        DecoderCall call;
+        call.rows = std::move(rows);
+        call.embeddings = x;
+        call.wanted = std::move(wanted);
         call.logits = logits.data();
         CHECK(message_of([&] { decoder->run(call); }).find(what) != std::string::npos);
     };
     const float* given = embeddings.data();
-    refuses("rows: got 0", {{}, nullptr, {}, nullptr});
-    refuses("position: got 20", {{{cache, 20, 0}}, nullptr, {0}, nullptr});
-    refuses("position: got -1", {{{cache, -1, 0}}, nullptr, {0}, nullptr});
-    refuses("token: got 50", {{{cache, 0, 50}}, nullptr, {0}, nullptr});
-    refuses("token: got -1", {{{cache, 0, -1}}, nullptr, {0}, nullptr});
-    refuses("cache: got 77", {{{77, 0, 0}}, nullptr, {0}, nullptr});
-    refuses("wanted: got 1", {{{cache, 0, 0}}, nullptr, {1}, nullptr});
-    refuses("position: got 3", {{{cache, 3, 0}, {cache, 3, 1}}, nullptr, {0}, nullptr});
-    DecoderCall apart{{}, given, {0}, nullptr};
-    for (int64_t i = 0; i < 9; ++i) apart.rows.push_back({cache, i < 8 ? i : 10, 0});
-    refuses("rows: got 9", apart);
-    DecoderCall many{{}, given, {}, nullptr};
-    for (int64_t i = 0; i < 257; ++i) many.rows.push_back({cache, i, 0});
-    refuses("rows: got 257", many);
-    DecoderCall greedy{{{cache, 0, 0}}, given, std::vector<int64_t>(9, 0), nullptr};
-    refuses("wanted: got 9", greedy);
+    refuses("rows: got 0", {}, nullptr, {});
+    refuses("position: got 20", {{cache, 20, 0}}, nullptr, {0});
+    refuses("position: got -1", {{cache, -1, 0}}, nullptr, {0});
+    refuses("token: got 50", {{cache, 0, 50}}, nullptr, {0});
+    refuses("token: got -1", {{cache, 0, -1}}, nullptr, {0});
+    refuses("cache: got 77", {{77, 0, 0}}, nullptr, {0});
+    refuses("wanted: got 1", {{cache, 0, 0}}, nullptr, {1});
+    refuses("position: got 3", {{cache, 3, 0}, {cache, 3, 1}}, nullptr, {0});
+    std::vector<DecoderRow> apart, many;
+    for (int64_t i = 0; i < 9; ++i) apart.push_back({cache, i < 8 ? i : 10, 0});
+    refuses("rows: got 9", apart, given, {0});
+    for (int64_t i = 0; i < 257; ++i) many.push_back({cache, i, 0});
+    refuses("rows: got 257", many, given, {});
+    refuses("wanted: got 9", {{cache, 0, 0}}, given, std::vector<int64_t>(9, 0));
     decoder->free_cache(cache);
-    refuses("cache: got", {{{cache, 0, 0}}, nullptr, {0}, nullptr});
+    refuses("cache: got", {{cache, 0, 0}}, nullptr, {0});
 }

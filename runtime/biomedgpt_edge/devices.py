@@ -1,4 +1,4 @@
-"""What a bundle runs on: decoder and encoders for the processor, or for the first NVIDIA GPU by one of two engines."""
+"""What a bundle runs on: the processor, or the first NVIDIA GPU by one of three engines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal, get_args
 
 from .bundle import Bundle
 from .decoder.base import Decoder
-from .decoder.graph import Choice, decoder_graph
+from .decoder.graph import Choice, choose, decoder_graph
 from .decoder.kv_cache import KvElement
 from .decoder.onnx import OnnxDecoder
 from .device_cache import Verify
 from .encoders import Encoders
 from .errors import OptionError
 
-DeviceName = Literal["cpu", "cuda", "tensorrt"]
+DeviceName = Literal["cpu", "native", "cuda", "tensorrt"]
 DEVICES: tuple[DeviceName, ...] = get_args(DeviceName)
 _log = logging.getLogger(__name__)
 
@@ -75,6 +75,12 @@ def load_gpu(bundle: Bundle, device: DeviceName, *, threads: int, verify: Verify
         PlatformError: the machine misses something, or is too small.
         OptionError: the bundle has no graphs for it.
     """
+    if device == "native":
+        from .decoder.cuda import NativeDecoder
+
+        # Encoders stay on the processor: what they read is short, and nothing else has to be installed.
+        encoders = Encoders(bundle, threads=threads, choice=choose(bundle), verify=verify)
+        return Used(NativeDecoder(bundle), encoders)
     if device == "cuda":
         from .decoder.onnx_cuda import CudaDecoder
         from .encoders_gpu import CudaEncoders

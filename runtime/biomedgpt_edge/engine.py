@@ -216,8 +216,9 @@ class Engine:
 
         Args:
             path: the bundle's folder; left out, the packaged demo bundle.
-            device: "cpu"; "cuda", ONNX Runtime on the first NVIDIA GPU; or "tensorrt", engines that were built for that
-                GPU with 'biomedgpt-edge engines build', or are built now. Nothing falls back to another one. On a GPU,
+            device: "cpu"; or of the first NVIDIA GPU "native", our own kernels for the decoder, encoders on the
+                processor; "cuda", ONNX Runtime; or "tensorrt", engines that were built for that GPU with
+                'biomedgpt-edge engines build', or are built now. Nothing falls back to another one. On a GPU,
                 activations and KV cache have 16 bits, and ``decoder``, ``kv_cache`` and ``memory_limit`` do not apply.
             threads: processor threads to use; left out, as many as this process may run on.
             verify: "once" hashes every file the first time and again when one was replaced, "full" always, "sizes"

@@ -244,7 +244,7 @@ def derived_data(own: Path, graph: Path) -> Iterator[Bytes]:
     Raises:
         BundleCorruptError: the graph places tensors elsewhere, or needs one that the bundle does not hold.
     """
-    stored, header, end = _Sources(own.parent, read_header(own)), read_header(graph), 0
+    stored, header, end = Sources(own.parent, read_header(own)), read_header(graph), 0
     for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
         start = -(-end // PAGE) * PAGE
         data = _bytes_of(tensor.name, header.shapes[tensor.name] or (), stored)
@@ -261,7 +261,7 @@ def derived_data(own: Path, graph: Path) -> Iterator[Bytes]:
         end = start + len(data)
 
 
-def _bytes_of(name: str, shape: tuple[int, ...], stored: _Sources) -> Bytes | None:
+def _bytes_of(name: str, shape: tuple[int, ...], stored: Sources) -> Bytes | None:
     """uint8 ``[bytes]``; None where there is no such tensor, and nothing to make it of."""
     given = stored.bytes_of(name)
     if given is not None:
@@ -279,6 +279,13 @@ def _bytes_of(name: str, shape: tuple[int, ...], stored: _Sources) -> Bytes | No
         ) from error
 
 
+def group_size_of(rows: int, columns: int, shape: tuple[int, ...]) -> int:
+    """Columns that share a scale in the records of a matrix, ``[panels, groups, bytes]``, of a checked bundle."""
+    return next(
+        given for given in RECORDS_GROUP_SIZES if _native.int4_records_shape(rows, columns, given) == tuple(shape)
+    )
+
+
 @dataclass(frozen=True)
 class _Place:
     """A linear layer: the ``turn``-th of those whose panels lie in the records of a product."""
@@ -288,8 +295,8 @@ class _Place:
     turn: int = 0
 
 
-class _Sources:
-    """What derived tensors are made of: those of a part's own graph, which lie in ``folder``."""
+class Sources:
+    """What other layouts are made of: the tensors of a part's own graph, which lie in ``folder``."""
 
     def __init__(self, folder: Path, header: Header) -> None:
         self._folder = folder
@@ -320,13 +327,9 @@ class _Sources:
 
     def _unpack_int4(self, place: _Place) -> Mapping[str, Bytes]:
         rows, columns = _sizes(place.product)
-        records, count = self._records(place.product), INT4_MATRICES[place.product.operator]
+        records, count = self.records(place.product), INT4_MATRICES[place.product.operator]
         panels, groups, size = len(records) // count, records.shape[1], records.shape[2]
-        group_size = next(
-            given
-            for given in RECORDS_GROUP_SIZES
-            if _native.int4_records_shape(rows, columns, given) == (panels, groups, size)
-        )
+        group_size = group_size_of(rows, columns, (panels, groups, size))
         values = np.empty((rows, groups * group_size // 2), np.uint8)
         scales = np.empty((rows, groups), np.float16)
         own = np.ascontiguousarray(records.reshape(panels, count, groups * size)[:, place.turn])
@@ -340,10 +343,10 @@ class _Sources:
             np.empty(rows, np.float32),
             np.empty(rows, np.float32),
         )
-        _native.int8_unpack(values, scales, bias, self._records(place.product))
+        _native.int8_unpack(values, scales, bias, self.records(place.product))
         return {INT8_VALUES: _bytes(np.ascontiguousarray(values.T)), SCALES: _bytes(scales), BIAS: _bytes(bias)}
 
-    def _records(self, product: Product) -> Bytes:
+    def records(self, product: Product) -> Bytes:
         """Mapped, of the shape that the graph declares."""
         name = product.inputs[1]
         tensor, shape = self._tensors.get(name), self._shapes[name] or ()

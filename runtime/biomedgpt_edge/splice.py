@@ -46,6 +46,17 @@ class EmbeddingTable:
         """
         _native.splice(out, self.rows, self.scales, (("tokens", 0, np.array((token_id,), dtype=np.int64)),))
 
+    def lookup(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Embeddings of tokens, float32 ``[n, hidden]``.
+
+        Raises:
+            KernelArgumentError: one of them is outside the vocabulary.
+        """
+        rows = np.empty((len(tokens), self.hidden), np.float32)
+        for row, token in enumerate(tokens):
+            self.lookup_into(token, rows[row : row + 1])
+        return rows
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:

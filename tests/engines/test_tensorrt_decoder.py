@@ -546,9 +546,9 @@ def test_options_of_the_processor_are_refused_on_a_gpu(device: Any, name: str, v
 
 
 def test_a_device_that_there_is_none_of_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"device is 'tpu'\. Give one of cpu, cuda, tensorrt") as caught:
+    with pytest.raises(OptionError, match=r"device is 'tpu'\. Give one of cpu, native, cuda, tensorrt") as caught:
         Engine.load(device="tpu")  # type: ignore[arg-type]
-    assert caught.value.limit == "cpu, cuda, tensorrt"
+    assert caught.value.limit == "cpu, native, cuda, tensorrt"
 
 
 @pytest.mark.parametrize("device", ["tensorrt", "cuda"])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
-
-import pytest
 
 from biomedgpt_edge import _native
 
@@ -34,16 +31,6 @@ def test_version_is_the_one_in_pyproject() -> None:
     assert f'\nversion = "{_native.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_cpp_runner_passes(tmp_path: Path) -> None:
-    for tool in ("cmake", "c++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    options = ["-DBIOMEDGPT_BUILD_PYTHON=OFF", "-DBIOMEDGPT_BUILD_TESTS=ON", "-DBIOMEDGPT_CUDA=OFF"]
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options],
-        ["cmake", "--build", str(tmp_path), "--parallel", "2"],
-        [str(tmp_path / "kernel_tests")],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "warning:" not in done.stdout + done.stderr
+def test_cpp_runner_passes(cpp_folder: Path) -> None:
+    done = subprocess.run([str(cpp_folder / "kernel_tests")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -24,8 +24,8 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default="cpu",
-        help="cuda: ONNX Runtime on the first NVIDIA GPU; tensorrt: engines built for it ('engines build'), or built "
-        "now (default: %(default)s)",
+        help="of the first NVIDIA GPU: native: our own kernels; cuda: ONNX Runtime; tensorrt: engines built for it "
+        "('engines build'), or built now (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
     parser.add_argument(

@@ -90,12 +90,15 @@ def _version(name: str) -> str:
         return ""
 
 
+_CUDA_REMEDY = "For --device native: install from the sources where nvcc is on the PATH"
+
+
 def _accelerators() -> list[Finding]:
-    """What --device cuda and tensorrt need. Answers come without, so that what is missing is a fact and no fault."""
+    """What GPUs need. Answers come without, so that what is missing is a fact and no fault."""
     compiled = "compiled in" if _native.cuda_compiled() else "not compiled in"
     return [
         Finding("telemetry", f"of onnxruntime: off ({TELEMETRY_SWITCH}=1)"),
-        Finding("splice op", f"on the GPU: {compiled}"),
+        Finding("CUDA kernels", compiled, remedy="" if _native.cuda_compiled() else _CUDA_REMEDY),
         *_gpu(),
         *_cuda_provider(),
         *_tensorrt(),

@@ -1,8 +1,9 @@
-"""What decoders on a GPU have in common: states whose KV caches lie there, all of one size."""
+"""What decoders of other engines on a GPU have in common: states whose KV caches lie there, all of one size."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ class GpuDecoder(ABC):
             PlatformError: the GPU has no memory for another KV cache.
             KernelArgumentError: ``start`` is not of this decoder.
         """
-        return StaticState(self, self.spec, self.kv, self.table, capacity, start)
+        return StaticState(self, self.spec, self.kv, capacity, start)
 
     def new_cache(self) -> GpuCache:
         """See :class:`Runner`."""
@@ -56,6 +57,10 @@ class GpuDecoder(ABC):
     def write(self, cache: GpuCache, values: Values) -> None:
         """See :class:`Runner`."""
         self._caches.write(cache, values)
+
+    def run_tokens(self, cache: GpuCache, tokens: Sequence[int], start: int) -> Logits:
+        """See :class:`Runner`."""
+        return self.run(cache, self.table.lookup(tokens), start, np.arange(len(tokens), dtype=np.int64))
 
     @abstractmethod
     def run(self, cache: GpuCache, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:

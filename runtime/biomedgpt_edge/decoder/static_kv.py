@@ -16,7 +16,6 @@ import numpy.typing as npt
 from ..errors import ClosedError, KernelArgumentError, PromptTooLongError
 from ..generate import PREFILL_CHUNK
 from ..manifest import DecoderSpec
-from ..splice import EmbeddingTable
 from .base import Embeddings, Logits
 from .kv_cache import KeyValues, KvLayout, Values
 
@@ -60,6 +59,10 @@ class Runner(Protocol):
         """
         ...
 
+    def run_tokens(self, cache: Any, tokens: Sequence[int], start: int) -> Logits:
+        """The same for a few tokens; logits of each."""
+        ...
+
 
 def explicit_inputs(
     embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64], attended: int
@@ -84,7 +87,6 @@ class StaticState:
         runner: Runner,
         spec: DecoderSpec,
         kv: KvLayout,
-        table: EmbeddingTable,
         capacity: int,
         start: KeyValues | None = None,
     ) -> None:
@@ -97,7 +99,6 @@ class StaticState:
             )
         self._runner = runner
         self._spec = spec
-        self._table = table
         self._capacity = capacity
         self._length = 0
         self._cache: Any = runner.new_cache()
@@ -144,10 +145,10 @@ class StaticState:
 
     def steps(self, tokens: Sequence[int]) -> Logits:
         """See :class:`DecoderState`."""
-        embeddings = np.empty((len(tokens), self._spec.hidden_size), np.float32)
-        for row, token in enumerate(tokens):
-            self._table.lookup_into(token, embeddings[row : row + 1])
-        return self._run(embeddings, np.arange(len(tokens), dtype=np.int64))
+        cache = self._cache_for(len(tokens))
+        logits = self._runner.run_tokens(cache, tokens, self._length)
+        self._length += len(tokens)
+        return logits
 
     def truncate(self, length: int) -> None:
         """See :class:`DecoderState`."""
@@ -188,16 +189,20 @@ class StaticState:
 
     def _run(self, embeddings: Embeddings, wanted: npt.NDArray[np.int64]) -> Logits:
         """Appends ``embeddings`` [T, hidden]; returns logits at ``wanted`` of them."""
-        cache = self.cache
         count, width = len(embeddings), self._spec.hidden_size
         if embeddings.shape != (count, width) or embeddings.dtype != np.float32 or not count:
             raise KernelArgumentError(
                 f"embeddings are {embeddings.dtype}{list(embeddings.shape)}; the decoder reads float32[T, {width}].",
                 remedy="Give the embeddings of a prompt.",
             )
-        total = self._length + count
+        cache = self._cache_for(count)
+        logits = self._runner.run(cache, np.ascontiguousarray(embeddings), self._length, wanted)
+        self._length += count
+        return logits
+
+    def _cache_for(self, count: int) -> Any:
+        """The cache, where ``count`` positions more fit it."""
+        cache, total = self.cache, self._length + count
         if total > self._capacity:
             raise ValueError(f"{total} positions do not fit a KV cache of {self._capacity}")
-        logits = self._runner.run(cache, np.ascontiguousarray(embeddings), self._length, wanted)
-        self._length = total
-        return logits
+        return cache
