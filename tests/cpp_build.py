@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def built(base: Path) -> Path:
-    """The folder with ``kernel_tests`` and the module ``_emulated``; ``base`` is the same for all processes."""
+    """The folder with ``kernel_tests``, ``gpu_tests`` and the module ``_emulated``; ``base`` is the same for all processes."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
@@ -41,7 +41,7 @@ def _build(folder: Path) -> None:
     ]
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(folder), *options],
-        ["cmake", "--build", str(folder), "--parallel", "2", "--target", "kernel_tests", "_emulated"],
+        ["cmake", "--build", str(folder), "--parallel", "2", "--target", "kernel_tests", "gpu_tests", "_emulated"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

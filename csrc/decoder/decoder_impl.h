@@ -26,6 +26,9 @@ namespace biomedgpt {
 inline namespace BIOMEDGPT_SIMT {
 
 constexpr int kMaxSplits = 16;
+// Rows whose RMSNorm is part of the product: every block of it computes the norm again, for which it reads 8 bytes per
+// column and row, and that pays for as long as it is little beside the block's weights.
+constexpr int kFusedRows = 1;
 
 // A matrix on the GPU.
 struct Matrix4 {
@@ -399,11 +402,11 @@ class DecoderOn final : public CudaDecoder {
         gpu_.launch<Norm>({count}, Norm::kShared, {norm_source(gain, picked), normed_.get(), padded(model_.hidden)});
     }
 
-    // RMSNorm and the product in one kernel where a few rows of what is normed fit a block's memory, else in two.
+    // RMSNorm and the product in one kernel where what is normed fits a block's memory and costs little, else in two.
     template <Output kOutput>
     void multiply_normed(const Matrix4& matrix, ProductParams& params, const Buffer<float>& gain) {
         const size_t shared = Product<4, 128, 1, Input::normed, kOutput>::shared_bytes(matrix.width(), params.count);
-        if (params.count <= kMaxDecodeRows && shared <= gpu_.shared_limit()) {
+        if (params.count <= kFusedRows && shared <= gpu_.shared_limit()) {
             params.normed = norm_source(gain, nullptr);
             launch<1, Input::normed, kOutput>(matrix, params);
             return;

@@ -16,7 +16,7 @@ inline namespace BIOMEDGPT_SIMT {
 constexpr int kOctet = 8;
 
 // Where column `column` of a row stands.
-BIOMEDGPT_DEVICE int place_of(int column) {
+BIOMEDGPT_ANYWHERE int place_of(int column) {
     return column / kOctet * kOctet + column % 2 * 4 + column % kOctet / 2;
 }
 

@@ -47,6 +47,26 @@ class Graph {
     cudaGraphExec_t handle_ = nullptr;
 };
 
+// A moment in a stream.
+class Event {
+  public:
+    Event() { require(cudaEventCreate(&handle_), "an event cannot be made"); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    ~Event() { cudaEventDestroy(handle_); }
+
+    void record(cudaStream_t stream) { require(cudaEventRecord(handle_, stream), "an event cannot be recorded"); }
+    // Of two that have happened.
+    double microseconds_since(const Event& before) const {
+        float milliseconds = 0;
+        require(cudaEventElapsedTime(&milliseconds, before.handle_, handle_), "events cannot be compared");
+        return 1000.0 * static_cast<double>(milliseconds);
+    }
+
+  private:
+    cudaEvent_t handle_ = nullptr;
+};
+
 // The device that is current when it is made. Not for several threads at once.
 class Gpu {
   public:
@@ -102,6 +122,7 @@ class Gpu {
         require(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, cudaMemcpyDefault, stream_), "a copy");
     }
     void clear(void* memory, size_t bytes) { require(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory"); }
+    void record(Event& event) { event.record(stream_); }
     void wait() { require(cudaStreamSynchronize(stream_), "what was put into the stream"); }
 
     template <class Kernel>

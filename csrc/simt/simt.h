@@ -26,9 +26,11 @@
 #if defined(__CUDACC__)
 #define BIOMEDGPT_SIMT on_cuda
 #define BIOMEDGPT_DEVICE __device__ __forceinline__
+#define BIOMEDGPT_ANYWHERE __host__ __device__ __forceinline__
 #else
 #define BIOMEDGPT_SIMT on_host
 #define BIOMEDGPT_DEVICE inline
+#define BIOMEDGPT_ANYWHERE inline
 #endif
 
 namespace biomedgpt {

@@ -11,4 +11,5 @@ for sanitizers in address,undefined thread; do
         -DBIOMEDGPT_CUDA=OFF -DBIOMEDGPT_BUILD_PYTHON=OFF -DBIOMEDGPT_BUILD_TESTS=ON
     cmake --build "$build/$sanitizers" --parallel 2
     "$build/$sanitizers/kernel_tests"
+    "$build/$sanitizers/gpu_tests"
 done

@@ -1,12 +1,14 @@
-// The GPU decoder as a whole, in the emulation, against double precision.
+// The GPU decoder as a whole, against double precision: in the emulation of a GPU, and (test_decoder.cu) on one.
 #include <algorithm>
 #include <functional>
 #include <utility>
 
 #include "common/error.h"
 #include "decoder_example.h"
+#include "gpu_test.h"
+#if !defined(__CUDACC__)
 #include "decoder_host.h"
-#include "runner.h"
+#endif
 
 using namespace biomedgpt;
 using namespace biomedgpt::testing;
@@ -16,6 +18,14 @@ namespace {
 // The reference rounds to halves where the kernels do. What is left: numbers that float32 brings to the other side of a
 // rounding, and weights of a softmax, which are halves where a prompt's values are multiplied.
 constexpr double kHalves = 2e-3;
+
+std::unique_ptr<CudaDecoder> make_decoder(const DecoderModel& model, int64_t capacity) {
+#if defined(__CUDACC__)
+    return make_cuda_decoder(model, capacity);
+#else
+    return make_emulated_decoder(model, capacity);
+#endif
+}
 
 std::vector<int64_t> random_tokens(int64_t count, int64_t vocabulary, unsigned seed = 3) {
     std::mt19937 random(seed);
@@ -64,10 +74,8 @@ Numbers last_row(const Numbers& rows, int64_t width) {
     return Numbers(rows.end() - width, rows.end());
 }
 
-void check_model(const ModelSizes& sizes, size_t shared_limit = size_t{99} << 10) {
-    const RandomModel model(sizes);
-    const auto decoder = make_emulated_decoder(model.view(), 100, size_t{1} << 30, shared_limit);
-    const auto tokens = random_tokens(21, sizes.vocabulary);
+void check_model(const RandomModel& model, std::unique_ptr<CudaDecoder> decoder) {
+    const auto tokens = random_tokens(21, model.sizes().vocabulary);
     const Numbers expected = model.logits_of(tokens);
     const int64_t one = decoder->new_cache(), other = decoder->new_cache();
     // Tokens by eights, then a prompt of some and tokens behind it.
@@ -77,6 +85,11 @@ void check_model(const ModelSizes& sizes, size_t shared_limit = size_t{99} << 10
     CHECK(difference(run_prompt(*decoder, model, other, 0, begin).data(), wanted) < kHalves);
     const Numbers end(expected.begin() + 18 * model.logits(), expected.end());
     CHECK(difference(run_tokens(*decoder, model, other, 18, rest).data(), end) < kHalves);
+}
+
+void check_model(const ModelSizes& sizes) {
+    const RandomModel model(sizes, seed(1));
+    check_model(model, make_decoder(model.view(), 100));
 }
 
 std::string message_of(const std::function<void()>& call) {
@@ -90,33 +103,43 @@ std::string message_of(const std::function<void()>& call) {
 
 }  // namespace
 
-TEST(decoder_computes_what_the_model_says) {
+GPU_TEST(decoder_computes_what_the_model_says) {
     check_model({});
 }
 
-TEST(decoder_takes_every_head_size) {
+GPU_TEST(decoder_takes_every_head_size) {
     check_model({64, 96, 2, 2, 64, 1, 40, 32, 4, false});
     check_model({128, 160, 2, 1, 128, 1, 40, 128, 4, false});
 }
 
-TEST(decoder_takes_widths_that_no_group_divides_and_biases) {
+GPU_TEST(decoder_takes_widths_that_no_group_divides_and_biases) {
     check_model({72, 88, 3, 1, 32, 2, 33, 64, 4, true});
     check_model({200, 136, 2, 2, 32, 1, 31, 128, 4, true});
 }
 
-TEST(decoder_takes_a_head_of_eight_bits) {
+GPU_TEST(decoder_takes_a_head_of_eight_bits) {
     check_model({64, 64, 2, 2, 32, 1, 70, 64, 8, false});
     check_model({136, 64, 2, 2, 32, 1, 70, 128, 8, false});
 }
 
+#if !defined(__CUDACC__)
 TEST(decoder_on_a_gpu_with_little_memory_for_a_block) {
-    // Too little for several rows of what is normed beside the rings: the norm is a kernel of its own then.
-    check_model({128, 96, 2, 1, 32, 1, 40, 128, 4, false}, (size_t{50} << 10));
+    // Too little for what is normed beside the rings: the norm is a kernel of its own then.
+    const RandomModel model({128, 96, 2, 1, 32, 1, 40, 128, 4, false});
+    check_model(model, make_emulated_decoder(model.view(), 100, size_t{1} << 30, size_t{50} << 10));
 }
 
-TEST(decoder_appends_a_prompt_in_chunks) {
+TEST(decoder_refuses_a_gpu_that_is_too_small_before_anything_runs) {
     const RandomModel model(ModelSizes{});
-    const auto decoder = make_emulated_decoder(model.view(), 200);
+    const auto message = message_of([&] { make_emulated_decoder(model.view(), 100, 1000); });
+    CHECK(message.find("for weights") != std::string::npos);
+    CHECK(message.find("and 1000 are free") != std::string::npos);
+}
+#endif
+
+GPU_TEST(decoder_appends_a_prompt_in_chunks) {
+    const RandomModel model(ModelSizes{});
+    const auto decoder = make_decoder(model.view(), 200);
     const auto tokens = random_tokens(150, model.sizes().vocabulary);
     const Numbers expected = last_row(model.logits_of(tokens), model.logits());
     const int64_t cache = decoder->new_cache();
@@ -125,9 +148,9 @@ TEST(decoder_appends_a_prompt_in_chunks) {
           kHalves);
 }
 
-TEST(decoder_runs_several_sequences_at_once) {
+GPU_TEST(decoder_runs_several_sequences_at_once) {
     const RandomModel model(ModelSizes{});
-    const auto decoder = make_emulated_decoder(model.view(), 64);
+    const auto decoder = make_decoder(model.view(), 64);
     const auto logits = static_cast<size_t>(model.logits());
     std::vector<int64_t> caches;
     std::vector<std::vector<int64_t>> sequences;
@@ -155,9 +178,9 @@ TEST(decoder_runs_several_sequences_at_once) {
                      run_tokens(*decoder, model, caches[0], 3, {sequences[0].back()}).begin()));
 }
 
-TEST(decoder_gives_the_same_bits_again) {
+GPU_TEST(decoder_gives_the_same_bits_again) {
     const RandomModel model(ModelSizes{});
-    const auto decoder = make_emulated_decoder(model.view(), 64);
+    const auto decoder = make_decoder(model.view(), 64);
     const int64_t cache = decoder->new_cache();
     const auto tokens = random_tokens(5, model.sizes().vocabulary);
     // The first call launches kernels, the second captures nothing and runs the graph.
@@ -168,11 +191,11 @@ TEST(decoder_gives_the_same_bits_again) {
     CHECK(run_tokens(*decoder, model, cache, 0, tokens) == first);
 }
 
-TEST(decoder_goes_on_from_a_cache_that_was_kept) {
+GPU_TEST(decoder_goes_on_from_a_cache_that_was_kept) {
     const RandomModel model(ModelSizes{});
     const auto tokens = random_tokens(12, model.sizes().vocabulary);
     const std::vector<int64_t> begin(tokens.begin(), tokens.begin() + 9), rest(tokens.begin() + 9, tokens.end());
-    const auto first = make_emulated_decoder(model.view(), 64), second = make_emulated_decoder(model.view(), 40);
+    const auto first = make_decoder(model.view(), 64), second = make_decoder(model.view(), 40);
     const int64_t from = first->new_cache(), to = second->new_cache();
     run_tokens(*first, model, from, 0, begin);
     std::vector<uint16_t> kept(2 * 2 * 1 * 9 * 32);
@@ -181,9 +204,9 @@ TEST(decoder_goes_on_from_a_cache_that_was_kept) {
     CHECK(run_tokens(*second, model, to, 9, rest) == run_tokens(*first, model, from, 9, rest));
 }
 
-TEST(decoder_wants_any_rows_or_none) {
+GPU_TEST(decoder_wants_any_rows_or_none) {
     const RandomModel model(ModelSizes{});
-    const auto decoder = make_emulated_decoder(model.view(), 64);
+    const auto decoder = make_decoder(model.view(), 64);
     const auto tokens = random_tokens(20, model.sizes().vocabulary);
     const Numbers expected = model.logits_of(tokens);
     const int64_t cache = decoder->new_cache();
@@ -207,7 +230,7 @@ TEST(decoder_wants_any_rows_or_none) {
     }
 }
 
-TEST(decoder_takes_tables_of_other_types) {
+GPU_TEST(decoder_takes_tables_of_other_types) {
     const RandomModel model(ModelSizes{});
     const ModelSizes& sizes = model.sizes();
     const auto tokens = random_tokens(3, sizes.vocabulary);
@@ -229,28 +252,21 @@ TEST(decoder_takes_tables_of_other_types) {
         view.embeddings = table;
         view.embedding_type = type;
         view.embedding_scales = of_rows;
-        const auto decoder = make_emulated_decoder(view, 10);
+        const auto decoder = make_decoder(view, 10);
         return run_tokens(*decoder, model, decoder->new_cache(), 0, tokens);
     };
-    const auto expected = make_emulated_decoder(model.view(), 10);
+    const auto expected = make_decoder(model.view(), 10);
     CHECK(logits_of(floats.data(), DType::f32, nullptr) ==
           run_tokens(*expected, model, expected->new_cache(), 0, tokens));
     CHECK(logits_of(bytes.data(), DType::i8, scales.data()) == logits_of(from_bytes.data(), DType::f32, nullptr));
 }
 
-TEST(decoder_refuses_a_gpu_that_is_too_small_before_anything_runs) {
-    const RandomModel model(ModelSizes{});
-    const auto message = message_of([&] { make_emulated_decoder(model.view(), 100, 1000); });
-    CHECK(message.find("for weights") != std::string::npos);
-    CHECK(message.find("and 1000 are free") != std::string::npos);
-}
-
-TEST(decoder_refuses_what_does_not_fit) {
+GPU_TEST(decoder_refuses_what_does_not_fit) {
     const RandomModel model(ModelSizes{});
     const auto refuses = [&](const char* what, const std::function<void(DecoderModel&)>& change, int64_t capacity) {
         DecoderModel view = model.view();
         change(view);
-        CHECK(message_of([&] { make_emulated_decoder(view, capacity); }).find(what) != std::string::npos);
+        CHECK(message_of([&] { make_decoder(view, capacity); }).find(what) != std::string::npos);
     };
     refuses("head_size: got 48", [](DecoderModel& view) { view.head_size = 48; }, 10);
     refuses("heads: got 3", [](DecoderModel& view) { view.heads = 3, view.kv_heads = 2; }, 10);
@@ -268,9 +284,9 @@ TEST(decoder_refuses_what_does_not_fit) {
     refuses("layers: got 0", [](DecoderModel& view) { view.layers.clear(); }, 10);
 }
 
-TEST(decoder_refuses_calls_that_cannot_be) {
+GPU_TEST(decoder_refuses_calls_that_cannot_be) {
     const RandomModel model(ModelSizes{});
-    const auto decoder = make_emulated_decoder(model.view(), 20);
+    const auto decoder = make_decoder(model.view(), 20);
     const int64_t cache = decoder->new_cache();
     std::vector<float> logits(static_cast<size_t>(9 * model.logits())), embeddings(300 * 64);
     const auto refuses = [&](const char* what, std::vector<DecoderRow> rows, const float* x,

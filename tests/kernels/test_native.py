@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from biomedgpt_edge import _native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +33,7 @@ def test_version_is_the_one_in_pyproject() -> None:
     assert f'\nversion = "{_native.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_cpp_runner_passes(cpp_folder: Path) -> None:
-    done = subprocess.run([str(cpp_folder / "kernel_tests")], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("runner", ["kernel_tests", "gpu_tests"])
+def test_cpp_runners_pass(runner: str, cpp_folder: Path) -> None:
+    done = subprocess.run([str(cpp_folder / runner)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Compiles every CUDA kernel for every target that this nvcc has, from compute capability 7.5 on, and says what each takes.
+# Warnings are errors, and so are registers that spill in what runs for every token. Usage: csrc/tests/cuda_targets.sh
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+compile() {
+    local target=$1 source=$2 work=$3 root=$4
+    local log="$work/$target-$(basename "$source").log"
+    if ! nvcc -std=c++17 -O3 -Werror all-warnings -gencode "arch=compute_$target,code=sm_$target" -Xptxas -v \
+        -Xcompiler=-Wall,-Wextra,-Werror -I"$root/csrc" -c "$root/$source" -o "$log.o" >"$log" 2>&1; then
+        cat "$log"
+        return 1
+    fi
+    local kernels registers spills
+    kernels=$(grep -c 'Compiling entry function' "$log")
+    registers=$(grep -o 'Used [0-9]* registers' "$log" | sort -k2 -n | tail -1)
+    spills=$(grep -o '[0-9]* bytes spill stores' "$log" | awk '{total += $1} END {print total + 0}')
+    echo "sm_$target $source: $kernels kernels, $registers at most, $spills bytes spilled"
+    # Some bytes at the edge of a loop cost nothing; more of them would be in it.
+    [ "$spills" -le 256 ]
+}
+export -f compile
+
+targets=$(nvcc --list-gpu-arch | sed 's/compute_//' | awk '$1 >= 75')
+for target in $targets; do
+    for source in csrc/decoder/decoder_cuda.cu csrc/splice/splice_cuda.cu; do
+        echo "$target $source"
+    done
+done | xargs -P "$(nproc)" -L1 bash -c 'compile "$0" "$1" "'"$work"'" "'"$root"'"'

@@ -1,0 +1,2 @@
+// The same tests for a GPU.
+#include "test_decoder_kernels.cpp"

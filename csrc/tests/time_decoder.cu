@@ -1,0 +1,2 @@
+// For a GPU.
+#include "time_decoder.cpp"
