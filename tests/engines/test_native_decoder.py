@@ -226,9 +226,7 @@ def test_logits_are_those_of_float64(cases: Cases, name: str) -> None:
     assert_near(np.stack(found), case.expected[16:21])
 
 
-@pytest.mark.parametrize(
-    "ends", [(40,), (33, 48), (2, 11, 12), (1, 2, 3)], ids=lambda ends: " ".join(map(str, ends))
-)
+@pytest.mark.parametrize("ends", [(40,), (33, 48), (2, 11, 12), (1, 2, 3)], ids=lambda ends: " ".join(map(str, ends)))
 def test_a_prompt_may_come_in_any_pieces(plain: Case, ends: tuple[int, ...]) -> None:
     with plain.decoder.open(48) as state:
         for start, end in itertools.pairwise([0, *ends]):
@@ -614,7 +612,7 @@ def test_matrices_that_the_kernels_do_not_multiply_are_refused_by_name(
 ) -> None:
     monkeypatch.setattr(Changed, "layer", layer)
     monkeypatch.setattr(Changed, "what", what)
-    monkeypatch.setattr("biomedgpt_export.choices.RoundToNearest", Changed)
+    monkeypatch.setattr("biomedgpt_export.exporter.RoundToNearest", Changed)
     bundle = exported(tmp_path, Shape())
     with pytest.raises(OptionError, match=words) as caught:
         NativeDecoder(bundle, native=emulated_decoder)
@@ -886,9 +884,11 @@ OTHER_ARRAYS = {
     "not contiguous": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
     "a dimension too many": lambda array: array[np.newaxis],
     "swapped bytes": lambda array: array.astype(">f4"),
-    "misaligned": lambda array: np.frombuffer(b"\0" + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
-    if array.itemsize > 1
-    else array[1:],
+    "misaligned": lambda array: (
+        np.frombuffer(b"\0" + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
+        if array.itemsize > 1
+        else array[1:]
+    ),
 }
 
 
@@ -950,9 +950,7 @@ def test_a_capacity_beyond_the_rotation_or_that_is_no_number_is_refused(
         ({"intermediate": 41}, r"layers\[0\]\.gate_up\.rows: got 40, expected 41"),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit_each_other_are_refused(
-    emulated_decoder: CudaDecoder, change: Model, words: str
-) -> None:
+def test_parts_that_do_not_fit_each_other_are_refused(emulated_decoder: CudaDecoder, change: Model, words: str) -> None:
     with pytest.raises(KernelArgumentError, match=words):
         emulated_decoder({**small_model(), **change}, PLACES)
 
@@ -1006,7 +1004,10 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"positions": [0, -1]}, "position: got -1, expected 0 to 63"),
         ({"positions": [0, PLACES]}, "position: got 64, expected 0 to 63"),
         ({"positions": [0, 1, 2]}, "positions: got 3, expected 2"),
-        ({"caches": [], "positions": [], "x": [], "wanted": [], "logits": None, "choices": []}, "rows: got 0, expected 1 to 256"),
+        (
+            {"caches": [], "positions": [], "x": [], "wanted": [], "logits": None, "choices": []},
+            "rows: got 0, expected 1 to 256",
+        ),
         ({"x": [3]}, "tokens: got 1, expected 2"),
         ({"x": [3, VOCABULARY]}, "token: got 300, expected 0 to 299"),
         ({"x": [-1, 3]}, "token: got -1, expected 0 to 299"),
@@ -1049,7 +1050,11 @@ def test_a_choice_out_of_range_is_refused(fuzzed: Callable[..., None], place: in
 def test_more_rows_than_a_call_takes_or_of_several_sequences_in_a_prompt_are_refused(small: Any) -> None:
     one, other = small.new_cache(), small.new_cache()
     x = np.zeros((9, WIDTH), np.float32)
-    for caches, positions in (([one] * 8 + [other], range(9)), ([one] * 9, [*range(8), 9]), ([one] * 9, range(9, 0, -1))):
+    for caches, positions in (
+        ([one] * 8 + [other], range(9)),
+        ([one] * 9, [*range(8), 9]),
+        ([one] * 9, range(9, 0, -1)),
+    ):
         with pytest.raises(KernelArgumentError, match="rows: got 9, expected at most 8, or positions of one cache"):
             small.run(caches, list(positions), x, [], None)
     with pytest.raises(KernelArgumentError, match="rows: got 257, expected 1 to 256"):
@@ -1095,9 +1100,7 @@ def test_whatever_else_is_given_as_an_array_is_refused(fuzzed: Callable[..., Non
         ({"choices": [None]}, "choices: got NoneType"),
     ],
 )
-def test_a_chain_that_cannot_be_run_is_refused(
-    small: Any, sequence: int, changes: dict[str, Any], words: str
-) -> None:
+def test_a_chain_that_cannot_be_run_is_refused(small: Any, sequence: int, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(KernelArgumentError, match=words):
         small.run_chain(**{"cache": sequence, "position": 0, "token": 3, "choices": [GREEDY] * 4, **changes})
 

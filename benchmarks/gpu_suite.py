@@ -1,0 +1,531 @@
+"""The decoder's CUDA kernels on a GPU: builds them, checks them, times them, and compares them with what else there is.
+
+In this order: every kernel and the whole decoder against double precision, with fresh random numbers (csrc/tests); the
+greedy tokens of the demo bundle against the processor's; each kernel's time by events (csrc/tests/time_decoder.cpp);
+tokens, prompts and the first token at the size of a 7B with random weights; torch in the same shape. A step whose parts
+are absent is skipped by name, one that fails is named and makes the exit code 1.
+
+Shares are of the limit that binds: bytes over the bandwidth of a copy, or operations over the rate of a product of bf16
+matrices, both measured in the same run. Results go to --json, by default benchmarks/results/gpu-<device>.json.
+
+Usage: python benchmarks/gpu_suite.py [--dry] [--work DIR] [--json FILE] [--rounds 9] [--without checks,tokens,...]
+--dry goes through all of it on a machine without a GPU, in the emulation and a small shape: its times mean nothing.
+Needs cmake, a C++ compiler, nvcc, pybind11 and numpy; uses onnxruntime, tokenizers and torch where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parents[1]
+# Steps of a chain: time is taken around all of them.
+CHAIN = 64
+MOLECULE_POSITIONS = 94
+DEPTHS, PROMPTS, ROWS = (0, 128, 512, 1536), (MOLECULE_POSITIONS, 128, 512), (1, 2, 4, 8)
+# Rows of a prompt in a call.
+CHUNK = 256
+# Steps by name; the device and the build are not to be left out.
+STEPS = ("checks", "tokens", "kernels", "decoder", "torch")
+
+
+class Skip(Exception):
+    """A step that cannot be done here, and why."""
+
+
+class Failed(Exception):
+    """A step whose result is wrong."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder, in int4."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    head_size: int
+    vocabulary: int
+    layers: int
+    capacity: int
+    group: int = 128
+
+
+FULL = Shape(4096, 11008, 32, 128, 32000, 32, 2048)
+SMALL = Shape(128, 256, 4, 32, 300, 2, 160)
+
+
+@dataclass
+class Figure:
+    """A measured time.
+
+    Attributes:
+        microseconds: the median of rounds.
+        bytes, operations: that had to be moved and done; 0 where none of the limits applies.
+    """
+
+    name: str
+    rows: int
+    microseconds: float
+    bytes: float = 0
+    operations: float = 0
+    share: float | None = None
+
+
+@dataclass
+class Run:
+    """What a run found out.
+
+    Attributes:
+        rates: bytes per second of a copy; operations per second of a product of bf16 matrices, where torch is there.
+    """
+
+    dry: bool
+    work: Path
+    rounds: int
+    device: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        return SMALL if self.dry else FULL
+
+    @property
+    def depths(self) -> list[int]:
+        steps = self.chain
+        return [depth for depth in DEPTHS if depth + steps <= self.shape.capacity]
+
+    @property
+    def chain(self) -> int:
+        return 2 if self.dry else CHAIN
+
+
+# --- the machine and the build ----------------------------------------------------------------------------------------
+
+
+def find_device(run: Run) -> None:
+    """Asks nvidia-smi what there is."""
+    if run.dry:
+        run.device = {"name": "none (dry)", "machine": platform.machine()}
+        return
+    fields = ("name", "driver_version", "compute_cap", "memory.total")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Failed(f"nvidia-smi cannot be asked ({error}); --dry needs no GPU") from error
+    run.device = dict(zip(fields, (part.strip() for part in found.splitlines()[0].split(",")), strict=True))
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    run.device["nvcc"] = nvcc.splitlines()[-2].strip()
+
+
+def build(run: Run) -> None:
+    """Compiles for this GPU; --dry, for the emulation."""
+    import pybind11
+
+    capability = str(run.device.get("compute_cap", "")).replace(".", "")
+    options = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DBIOMEDGPT_BUILD_PYTHON=ON",
+        "-DBIOMEDGPT_BUILD_TESTS=ON",
+        f"-DBIOMEDGPT_CUDA={'OFF' if run.dry else 'ON'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *([] if run.dry else [f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"]),
+        *(["-GNinja"] if shutil.which("ninja") and not (run.work / "CMakeCache.txt").exists() else []),
+    ]
+    targets = ["gpu_tests", "time_decoder", "_native", "_ort_ops", "_emulated"]
+    jobs = str(os.cpu_count() or 2)
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(run.work), *options],
+        ["cmake", "--build", str(run.work), "--parallel", jobs, "--target", *targets],
+    ):
+        _output(command)
+
+
+def _output(command: list[str], **environment: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    if done.returncode != 0:
+        raise Failed(f"{Path(command[0]).name} exited with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
+    return done.stdout
+
+
+def _module(run: Run, name: str, module: str) -> ModuleType:
+    path = next(run.work.glob(f"{name}.*so"))
+    spec = importlib.util.spec_from_file_location(module, path)
+    if spec is None or spec.loader is None:
+        raise Failed(f"{path} is no module")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[module] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def native_decoder(run: Run) -> type[Any]:
+    """The class of the kernels; --dry, the emulated one."""
+    sys.path.insert(0, str(ROOT / "runtime"))
+    native = _module(run, "_native", "biomedgpt_edge._native")
+    decoder = _module(run, "_emulated", "_emulated") if run.dry else native
+    return decoder.CudaDecoder  # type: ignore[no-any-return]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_kernels(run: Run) -> None:
+    """The C++ tests with numbers that no run had before."""
+    seed = str(time.time_ns() % 2**31)
+    said = _output([str(run.work / "gpu_tests")], BIOMEDGPT_TEST_SEED=seed)
+    last = said.strip().splitlines()[-1]
+    if not run.dry and "skipped" in said:
+        raise Failed(f"the tests found no GPU: {last}")
+    print(f"  seed {seed}: {last}")
+
+
+def check_tokens(run: Run) -> None:
+    """Greedy tokens of the demo bundle on the GPU and on the processor, behind random prompts."""
+    decoder = native_decoder(run)
+    try:
+        from biomedgpt_edge.bundle import Bundle
+        from biomedgpt_edge.decoder.cuda import NativeDecoder
+        from biomedgpt_edge.decoder.graph import choose
+        from biomedgpt_edge.devices import load_cpu
+        from biomedgpt_edge.engine import DEMO_BUNDLE
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed") from error
+    bundle = Bundle.open(DEMO_BUNDLE)
+    ours = NativeDecoder(bundle, context=64 if run.dry else None, native=decoder)
+    theirs = load_cpu(bundle, threads=2, choice=choose(bundle), verify="once", kv_cache=None).decoder
+    random = np.random.default_rng()
+    steps, prompts = (2, 1) if run.dry else (24, 8)
+    same = near = 0
+    for _ in range(prompts):
+        prompt = bundle.embeddings.lookup([int(token) for token in random.integers(3, len(bundle.tokenizer), 20)])
+        with ours.open(64) as a, theirs.open(64) as b:
+            x, y = a.prefill(prompt), b.prefill(prompt)
+            for _ in range(steps):
+                found, expected = (logits[: len(bundle.tokenizer)] for logits in (x, y))
+                token = int(expected.argmax())
+                same += int(found.argmax()) == token
+                # The processor's activations have eight bits there: two logits as near as that may change places.
+                near += abs(float(found.max() - found[token])) <= 0.03 * float(np.abs(expected).max())
+                x, y = a.step(token), b.step(token)
+    total = prompts * steps
+    print(f"  {same} of {total} greedy tokens are the processor's, {near} are within 3 % of its largest logit")
+    if near < total:
+        raise Failed(f"{total - near} of {total} tokens are others than the processor's")
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def time_kernels(run: Run) -> None:
+    """Each kernel alone, at the shape's sizes."""
+    shape = run.shape
+    sizes = (shape.hidden, shape.intermediate, shape.heads, shape.heads, shape.head_size, shape.vocabulary)
+    numbers = (*sizes, shape.group, shape.capacity, 1 if run.dry else run.rounds)
+    said = _output([str(run.work / "time_decoder"), *map(str, numbers)])
+    for line in said.splitlines():
+        found = json.loads(line)
+        figure = Figure(found["kernel"], found["rows"], found["microseconds"], found["bytes"], found["operations"])
+        if figure.name == "copy":
+            run.rates["bytes"] = figure.bytes / figure.microseconds * 1e6
+        run.figures.append(figure)
+
+
+def random_matrix(random: np.random.Generator, rows: int, columns: int, group: int, matrices: int = 1) -> Any:
+    """int4 records of a matrix whose weights are about 1 / sqrt(columns), as ``_native.CudaDecoder`` takes it."""
+    panels, groups, size = -(-rows // 32) * matrices, -(-columns // group), 32 * (group // 2 + 2)
+    records = random.integers(0, 256, (panels, groups, size), np.uint8)
+    records[:, :, 16 * group :] = np.full(32, 1 / (4.6 * columns**0.5), np.float16).view(np.uint8)
+    return records.reshape(panels, groups * size), rows, columns, group, 4, None
+
+
+def random_model(shape: Shape) -> dict[str, Any]:
+    """The same matrices in every layer: each is brought to the GPU anew."""
+    random = np.random.default_rng(1)
+    hidden, width = shape.hidden, shape.heads * shape.head_size
+    ones = np.ones(hidden, np.float32)
+    layer = (
+        ones,
+        random_matrix(random, 3 * width, hidden, shape.group),
+        random_matrix(random, hidden, width, shape.group),
+        ones,
+        random_matrix(random, shape.intermediate, hidden, shape.group, 2),
+        random_matrix(random, hidden, shape.intermediate, shape.group),
+    )
+    angles = np.outer(np.arange(shape.capacity), 10000.0 ** (-np.arange(shape.head_size // 2) * 2 / shape.head_size))
+    return {
+        "hidden": hidden,
+        "intermediate": shape.intermediate,
+        "heads": shape.heads,
+        "kv_heads": shape.heads,
+        "head_size": shape.head_size,
+        "epsilon": 1e-6,
+        "choosable": shape.vocabulary,
+        "rope_cos": np.cos(angles).astype(np.float32),
+        "rope_sin": np.sin(angles).astype(np.float32),
+        "final_norm": ones,
+        "embeddings": random.standard_normal((shape.vocabulary, hidden), np.float32).astype(np.float16),
+        "embedding_scales": None,
+        "head": random_matrix(random, shape.vocabulary, hidden, shape.group),
+        "layers": (layer,) * shape.layers,
+    }
+
+
+def weight_bytes(shape: Shape) -> float:
+    """That a token reads of the weights."""
+    width = shape.heads * shape.head_size
+    matrices = 4 * shape.hidden * width + 3 * shape.hidden * shape.intermediate
+    return (shape.layers * matrices + shape.vocabulary * shape.hidden) * (0.5 + 2 / shape.group)
+
+
+def time_decoder(run: Run) -> None:
+    """The whole decoder: chains of tokens at a depth, several rows at once, prompts."""
+    shape = run.shape
+    decoder = native_decoder(run)(random_model(shape), shape.capacity)
+    print(f"  {decoder.bytes / 2**20:,.0f} MiB on {decoder.device}, {decoder.cache_bytes / 2**20:,.0f} for a KV cache")
+    cache, greedy = decoder.new_cache(), (0.0, 0, 1.0, 0.0)
+    embeddings = np.random.default_rng(2).standard_normal((shape.capacity, shape.hidden), np.float32)
+
+    def prefill(positions: int, start: int = 0) -> None:
+        for begin in range(start, positions, CHUNK):
+            end = min(begin + CHUNK, positions)
+            rows = list(range(begin, end))
+            decoder.run([cache] * len(rows), rows, embeddings[begin:end], [len(rows) - 1], None, [greedy])
+
+    weights, by_position = weight_bytes(shape), 4.0 * shape.layers * shape.heads * shape.head_size
+    for depth in run.depths:
+        if depth:
+            prefill(depth)
+
+        def chain(depth: int = depth) -> None:
+            decoder.run_chain(cache, depth, 5, [greedy] * run.chain)
+
+        moved = weights + by_position * (depth + run.chain / 2)
+        run.figures.append(Figure(f"token at {depth}", 1, median(run, chain) / run.chain, moved))
+    for rows in ROWS:
+        positions, logits = list(range(100, 100 + rows)), np.empty((rows, shape.vocabulary), np.float32)
+
+        def step(rows: int = rows, positions: list[int] = positions, logits: npt.NDArray[np.float32] = logits) -> None:
+            decoder.run([cache] * rows, positions, [7] * rows, list(range(rows)), logits)
+
+        run.figures.append(Figure("step with logits", rows, median(run, step), weights))
+    for positions_of_prompt in PROMPTS:
+        if positions_of_prompt > shape.capacity:
+            continue
+
+        def prompt(count: int = positions_of_prompt) -> None:
+            prefill(count)
+
+        operations = 2 * weights / (0.5 + 2 / shape.group) * positions_of_prompt
+        run.figures.append(Figure("prompt to token", positions_of_prompt, median(run, prompt), weights, operations))
+
+
+def median(run: Run, work: Callable[[], None]) -> float:
+    """Microseconds on the host's clock, after a round to warm up."""
+    times = []
+    for _ in range(2 if run.dry else run.rounds + 1):
+        begin = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times[1:])
+
+
+# --- what else there is -----------------------------------------------------------------------------------------------
+
+
+def time_torch(run: Run) -> None:
+    """Products of bf16 matrices, which is the limit of prompts; and tokens of the same shape in bf16."""
+    try:
+        import torch
+    except ImportError as error:
+        raise Skip("torch is not installed") from error
+    if not run.dry and not torch.cuda.is_available():
+        raise Skip("this torch sees no GPU")
+    place = "cpu" if run.dry else "cuda"
+    size = 64 if run.dry else 8192
+    a, b = (torch.randn(size, size, device=place, dtype=torch.bfloat16) for _ in range(2))
+    taken, operations = _torch_median(run, lambda: torch.mm(a, b)), 2.0 * size**3
+    run.rates["operations"] = operations / taken * 1e6
+    run.figures.append(Figure("torch: product of bf16 matrices", size, taken, operations=operations))
+    for name, step in _torch_tokens(run, place):
+        taken = _torch_median(run, step)
+        run.figures.append(Figure(f"torch: token at 128, {name}", 1, taken, 4 * weight_bytes(run.shape)))
+
+
+def _torch_median(run: Run, work: Callable[[], object]) -> float:
+    import torch
+
+    def waited() -> None:
+        work()
+        if not run.dry:
+            torch.cuda.synchronize()
+
+    return median(run, waited)
+
+
+def _torch_tokens(run: Run, place: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A token of a Llama in bf16, with one layer's weights in all of them: eager, and compiled with CUDA graphs."""
+    import torch
+    from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+    shape, depth = run.shape, min(128, run.shape.capacity - 1)
+    width = shape.heads * shape.head_size
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=place, dtype=torch.bfloat16) / columns**0.5
+
+    layers = [
+        (weight(3 * width, shape.hidden), weight(shape.hidden, width), weight(2 * shape.intermediate, shape.hidden),
+         weight(shape.hidden, shape.intermediate))
+        for _ in range(shape.layers)
+    ]  # fmt: skip
+    head = weight(shape.vocabulary, shape.hidden)
+    keys, values = (
+        torch.randn(shape.layers, 1, shape.heads, depth + 1, shape.head_size, device=place, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    x = torch.randn(1, shape.hidden, device=place, dtype=torch.bfloat16)
+
+    def token(x: torch.Tensor) -> torch.Tensor:
+        for index, (qkv, out, gate_up, down) in enumerate(layers):
+            normed = rms_norm(x, (shape.hidden,))
+            query, key, value = (normed @ qkv.T).view(3, 1, shape.heads, 1, shape.head_size).unbind()
+            keys[index, :, :, depth:] = key
+            values[index, :, :, depth:] = value
+            attended = scaled_dot_product_attention(query, keys[index], values[index])
+            x = x + attended.reshape(1, width) @ out.T
+            gate, up = (rms_norm(x, (shape.hidden,)) @ gate_up.T).chunk(2, dim=-1)
+            x = x + (silu(gate) * up) @ down.T
+        return (x @ head.T).argmax()
+
+    with torch.inference_mode():
+        yield "bf16, eager", lambda: token(x)
+        if run.dry:
+            run.skipped["torch, compiled"] = "dry"
+            return
+        compiled = torch.compile(token, mode="reduce-overhead")
+        yield "bf16, compiled", lambda: compiled(x)
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+
+def add_shares(run: Run) -> None:
+    """Of the larger of both limits."""
+    for figure in run.figures:
+        least = [
+            amount / run.rates[rate] * 1e6
+            for rate, amount in (("bytes", figure.bytes), ("operations", figure.operations))
+            if amount and rate in run.rates
+        ]
+        if least and not run.dry:
+            figure.share = max(least) / figure.microseconds
+
+
+def print_table(run: Run) -> None:
+    """Every figure, and what is missing."""
+    print(f"\n{run.device.get('name')}" + "".join(f", {key} {run.device[key]}" for key in list(run.device)[1:]))
+    for name, rate in run.rates.items():
+        print(f"measured limit: {rate / 1e12:,.3f} T{'B' if name == 'bytes' else 'OP'}/s")
+    print(f"{'':44} {'rows':>5} {'µs':>12} {'share of the limit':>19}")
+    for figure in run.figures:
+        share = "" if figure.share is None else f"{figure.share:.0%}"
+        print(f"{figure.name:44} {figure.rows:>5} {figure.microseconds:>12,.1f} {share:>19}")
+    for name, why in run.skipped.items():
+        print(f"skipped {name}: {why}")
+    for name, why in run.failed.items():
+        print(f"FAILED {name}: {why}")
+    if run.dry:
+        print("dry: these times are those of an emulation, and mean nothing")
+
+
+def write_json(run: Run, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        "schema": 1,
+        "dry": run.dry,
+        "device": run.device,
+        "python": platform.python_version(),
+        "shape": asdict(run.shape),
+        "rates": run.rates,
+        "figures": [asdict(figure) for figure in run.figures],
+        "skipped": run.skipped,
+        "failed": run.failed,
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the suite; 1 where something failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--dry", action="store_true", help="without a GPU, emulated")
+    parser.add_argument("--work", type=Path, help="where to build (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="where results go")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--without", default="", help=f"steps to leave out, of {','.join(STEPS)}")
+    options = parser.parse_args(arguments)
+    without = {name for name in options.without.split(",") if name}
+    if without - set(STEPS) or options.rounds < 1:
+        parser.error(f"--without takes {', '.join(STEPS)}, and --rounds a number from 1 on")
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Run(options.dry, (options.work or Path(temporary)).absolute(), options.rounds)
+        return _run(run, without, options.json)
+
+
+def _run(run: Run, without: set[str], path: Path | None) -> int:
+    steps: dict[str, Callable[[Run], None]] = {
+        "device": find_device,
+        "build": build,
+        "checks": check_kernels,
+        "tokens": check_tokens,
+        "kernels": time_kernels,
+        "decoder": time_decoder,
+        "torch": time_torch,
+    }
+    for name, step in steps.items():
+        if name in without:
+            run.skipped[name] = "not wanted"
+            continue
+        begin = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        try:
+            step(run)
+        except Skip as skipped:
+            run.skipped[name] = str(skipped)
+        except Failed as failed:
+            run.failed[name] = str(failed)
+            if name in ("device", "build"):
+                break
+        print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
+    add_shares(run)
+    print_table(run)
+    device = str(run.device.get("name", "none")).lower().replace(" ", "-")
+    if path is not None or not run.dry:
+        write_json(run, path or ROOT / "benchmarks" / "results" / f"gpu-{device}.json")
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
