@@ -20,6 +20,7 @@ struct AttendParams {
     CacheShape cache = {};
     const RowPlace* places = nullptr;
     int heads = 0;
+    int heads_per_kv = 1;
     int splits = 0;
     float scale = 0;              // of scores, times log2(e)
     float* partial = nullptr;     // [rows, heads, splits, head_size + 2]; not of a single split, nor is what follows
@@ -43,9 +44,11 @@ struct Attend {
     using Params = AttendParams;
 
     static constexpr int kThreads = 128, kBlocks = 4, kWarps = kThreads / kWarpSize;
+    static constexpr bool kSharedFirst = true;
     static constexpr int kLanes = kHeadSize / kOctet;     // of a position
     static constexpr int kTogether = kWarpSize / kLanes;  // positions that a warp has at once
     static constexpr int kGroups = kWarps * kTogether;    // lanes with a softmax of their own
+    static constexpr int kAtOnce = 4;                     // positions that a lane has on their way
     static constexpr int kKeptFloats = kHeadSize + 2;     // sums, most, total
     static constexpr size_t kShared = (size_t{kGroups} * kKeptFloats + 1) * sizeof(float);
     static_assert(kHeadSize <= kThreads, "a thread joins an element of all groups");
@@ -75,24 +78,30 @@ struct Attend {
     BIOMEDGPT_DEVICE static void attend(const Params& p, const RowPlace& place, int head, int row, int begin, int end,
                                         float* kept) {
         const int part = simt::lane() % kLanes * kOctet, group = simt::warp() * kTogether + simt::lane() / kLanes;
-        const int kv_head = head / (p.heads / p.cache.kv_heads);
+        const int kv_head = head / p.heads_per_kv;
         const uint16_t* keys = head_rows(p.cache, place.cache, kKeys, kv_head);
         const uint16_t* values = head_rows(p.cache, place.cache, kValues, kv_head);
         float query[kOctet], sums[kOctet] = {};
-        widen(p.queries + (int64_t{row} * p.heads + head) * kHeadSize + part, query);
+        widen(*reinterpret_cast<const Quad*>(p.queries + (int64_t{row} * p.heads + head) * kHeadSize + part), query);
         Kept own = {-INFINITY, 0};
-#pragma unroll 2
-        for (int base = begin + simt::warp() * kTogether; base < end; base += kGroups) {
-            const int position = base + simt::lane() / kLanes;
-            const int64_t at = int64_t{position < end ? position : end - 1} * kHeadSize + part;
-            float key[kOctet], value[kOctet], score = 0;
-            widen(keys + at, key);
-            widen(values + at, value);
+        // Several positions at once, all of whose memory is asked for before any of it is used.
+        for (int base = begin + simt::warp() * kTogether; base < end; base += kAtOnce * kGroups) {
+            Quad key[kAtOnce], value[kAtOnce];
+            float scores[kAtOnce];
 #pragma unroll
-            for (int i = 0; i < kOctet; ++i) score += query[i] * key[i];
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int position = base + i * kGroups + simt::lane() / kLanes;
+                const int64_t at = int64_t{position < end ? position : end - 1} * kHeadSize + part;
+                key[i] = *reinterpret_cast<const Quad*>(keys + at);
+                value[i] = *reinterpret_cast<const Quad*>(values + at);
+            }
 #pragma unroll
-            for (int mask = kLanes / 2; mask > 0; mask /= 2) score += simt::shuffle_xor(score, mask);
-            if (position < end) add(score * p.scale, value, own, sums);
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int position = base + i * kGroups + simt::lane() / kLanes;
+                scores[i] = score_of(query, key[i]) * p.scale;
+                if (position >= end) scores[i] = -INFINITY;
+            }
+            add(scores, value, own, sums);
         }
         float* to = kept + group * kKeptFloats;
 #pragma unroll
@@ -100,21 +109,43 @@ struct Attend {
         if (part == 0) to[kHeadSize] = own.most, to[kHeadSize + 1] = own.total;
     }
 
-    BIOMEDGPT_DEVICE static void widen(const uint16_t* from, float (&to)[kOctet]) {
-        const Quad quad = *reinterpret_cast<const Quad*>(from);
+    BIOMEDGPT_DEVICE static void widen(const Quad& from, float (&to)[kOctet]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            to[2 * i] = simt::low_half(quad.words[i]);
-            to[2 * i + 1] = simt::high_half(quad.words[i]);
+            to[2 * i] = simt::low_half(from.words[i]);
+            to[2 * i + 1] = simt::high_half(from.words[i]);
         }
     }
 
-    BIOMEDGPT_DEVICE static void add(float score, const float (&value)[kOctet], Kept& own, float (&sums)[kOctet]) {
-        const float most = score > own.most ? score : own.most;
-        const float before = factor(own.most, most), weight = simt::exp2_of(score - most);
-        own = {most, own.total * before + weight};
+    // Over the lanes that share a position.
+    BIOMEDGPT_DEVICE static float score_of(const float (&query)[kOctet], const Quad& from) {
+        float key[kOctet], score = 0;
+        widen(from, key);
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) sums[i] = sums[i] * before + weight * value[i];
+        for (int i = 0; i < kOctet; ++i) score += query[i] * key[i];
+#pragma unroll
+        for (int mask = kLanes / 2; mask > 0; mask /= 2) score += simt::shuffle_xor(score, mask);
+        return score;
+    }
+
+    BIOMEDGPT_DEVICE static void add(const float (&scores)[kAtOnce], const Quad (&values)[kAtOnce], Kept& own,
+                                     float (&sums)[kOctet]) {
+        float most = own.most;
+#pragma unroll
+        for (const float score : scores) most = score > most ? score : most;
+        const float before = factor(own.most, most);
+        own = {most, own.total * before};
+#pragma unroll
+        for (float& sum : sums) sum *= before;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const float weight = factor(scores[i], most);
+            float value[kOctet];
+            widen(values[i], value);
+            own.total += weight;
+#pragma unroll
+            for (int j = 0; j < kOctet; ++j) sums[j] += weight * value[j];
+        }
     }
 
     // Element `thread` of what `count` kept, joined.
@@ -151,13 +182,15 @@ struct Attend {
 
     // Whether the other splits of a head have left what they kept; true for one block of them.
     BIOMEDGPT_DEVICE static bool last_to_arrive(const Params& p, int64_t index, uint32_t* shown) {
-        simt::fence();  // what this block kept, before its arrival
         simt::sync_block();
-        if (simt::thread() == 0) *shown = simt::fetch_add(p.arrived + index, 1);
+        if (simt::thread() == 0) {
+            simt::fence();  // what this block kept, before its arrival
+            *shown = simt::fetch_add(p.arrived + index, 1);
+            simt::fence();  // and what the others kept, behind theirs
+        }
         simt::sync_block();
         if (*shown + 1 != static_cast<uint32_t>(p.splits)) return false;
         if (simt::thread() == 0) p.arrived[index] = 0;
-        simt::fence();
         return true;
     }
 };

@@ -25,6 +25,7 @@ struct AttendPrompt {
     using Params = AttendPromptParams;
 
     static constexpr int kThreads = 128, kBlocks = 2, kRows = 64, kPositions = 64;
+    static constexpr bool kSharedFirst = true;
     static constexpr int kPitch = kHeadSize + 8;  // halves: eight rows of sixteen bytes meet in no bank
     static constexpr size_t kShared = size_t{2} * kPositions * kPitch * sizeof(uint16_t);
     static constexpr int kSteps = kHeadSize / 16;       // of a score: columns that are multiplied at a time

@@ -2,8 +2,8 @@
 //
 // Draws are those of runtime/biomedgpt_edge/sampling.py: of equal logits those in front are kept first, the token that
 // crosses top-p stays in, and a token is drawn at a place of the sum over all that are kept, in the order of the
-// vocabulary. Nothing is sorted: a threshold is found by its bits, eight at a time, from a histogram (radix select).
-// Weights are whole numbers of 2^-40 of the largest one, so that sums do not depend on the order of atomic additions.
+// vocabulary. Nothing is sorted: a threshold is found bit by bit, from sums over all that reach it. Weights are whole
+// numbers of 2^-40 of the largest one, so that sums do not depend on the order in which they are added.
 #pragma once
 
 #include "decoder/places.h"
@@ -41,15 +41,15 @@ struct ChooseParams {
 // A block for each row.
 struct Choose {
     using Params = ChooseParams;
-    static constexpr int kThreads = 1024, kBlocks = 1, kBins = 256, kWarps = kThreads / kWarpSize;
+    static constexpr bool kSharedFirst = true;
+    static constexpr int kThreads = 1024, kBlocks = 1, kWarps = kThreads / kWarpSize;
     static constexpr float kUnit = 1099511627776.0f;  // 2^40: the largest weight
 
     struct Shared {
-        uint64_t bins[kThreads];  // of a histogram, or of a scan
-        uint64_t found, above;
+        uint64_t sums[kThreads];  // of a scan
         float values[kWarps];
         int places[kWarps];
-        uint32_t bin;
+        int found;
     };
     static constexpr size_t kShared = sizeof(Shared);
 
@@ -138,7 +138,7 @@ struct Choose {
         }
         if (choice.top_p < 1) {
             const auto weight = [&](float logit) { return row.weight(logit); };
-            const uint64_t all = sum_of_kept(shared, row, kept);
+            const uint64_t all = sum_from(shared, row, kept, 0, weight);
             const auto wanted = static_cast<uint64_t>(static_cast<double>(choice.top_p) * static_cast<double>(all));
             Kept fewer = select(shared, row, kept, wanted > 0 ? wanted : 1, weight);
             const uint64_t each = row.weight(value_of(fewer.key));
@@ -154,73 +154,53 @@ struct Choose {
     template <class Measure>
     BIOMEDGPT_DEVICE static Kept select(Shared& shared, const Row& row, const Kept& kept, uint64_t wanted,
                                         const Measure& measure) {
-        uint32_t prefix = 0;
-        for (int shift = 24; shift >= 0; shift -= 8) {
-            if (simt::thread() < kBins) shared.bins[simt::thread()] = 0;
-            simt::sync_block();
-            const auto add = [&](float value, uint64_t times) {
-                const uint32_t key = key_of(value);
-                const bool inside = shift == 24 || key >> (shift + 8) == prefix;
-                if (inside) simt::fetch_add(&shared.bins[key >> shift & (kBins - 1)], times * measure(value));
-            };
-            for (int i = simt::thread(); i < row.count; i += kThreads) {
-                if (key_of(row.logits[i]) > kept.key || kept.key == 0) add(row.logits[i], 1);
-            }
-            if (simt::thread() == 0 && kept.key != 0) add(value_of(kept.key), kept.ties);
-            simt::sync_block();
-            pick_bin(shared, wanted);
-            prefix = prefix << 8 | shared.bin;
-            wanted -= shared.above;
-            simt::sync_block();
+        Kept found = {0, wanted};
+        for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
+            const uint64_t reached = sum_from(shared, row, kept, found.key | bit, measure);
+            if (reached >= wanted) found.key |= bit;
         }
-        return {prefix, wanted};
+        const uint64_t above = found.key == ~0u ? 0 : sum_from(shared, row, kept, found.key + 1, measure);
+        found.ties = wanted > above ? wanted - above : 1;
+        return found;
     }
 
-    // The highest bin from which on the bins reach `wanted`, and what those above it hold. The lowest one, where all of
-    // them do not: rounding may ask for a little more than there is.
-    BIOMEDGPT_DEVICE static void pick_bin(Shared& shared, uint64_t wanted) {
-        const int bin = simt::thread();
-        for (int step = 1; step < kBins; step *= 2) {
-            uint64_t other = 0;
-            if (bin + step < kBins) other = shared.bins[bin + step];
-            simt::sync_block();
-            if (bin < kBins) shared.bins[bin] += other;
-            simt::sync_block();
-        }
-        if (bin < kBins) {
-            const uint64_t above = bin + 1 < kBins ? shared.bins[bin + 1] : 0;
-            if (above < wanted && (shared.bins[bin] >= wanted || bin == 0)) {
-                shared.bin = static_cast<uint32_t>(bin);
-                shared.above = above;
-            }
-        }
-        simt::sync_block();
-    }
-
-    BIOMEDGPT_DEVICE static uint64_t sum_of_kept(Shared& shared, const Row& row, const Kept& kept) {
+    // Over all that is kept, from a key on.
+    template <class Measure>
+    BIOMEDGPT_DEVICE static uint64_t sum_from(Shared& shared, const Row& row, const Kept& kept, uint32_t from,
+                                              const Measure& measure) {
         uint64_t own = 0;
         for (int i = simt::thread(); i < row.count; i += kThreads) {
-            if (key_of(row.logits[i]) > kept.key || kept.key == 0) own += row.weight(row.logits[i]);
+            const uint32_t key = key_of(row.logits[i]);
+            if (key >= from && (key > kept.key || kept.key == 0)) own += measure(row.logits[i]);
         }
-        if (simt::thread() == 0 && kept.key != 0) own += kept.ties * row.weight(value_of(kept.key));
-        uint64_t all;
-        before(shared, own, all);
+        const bool ties = simt::thread() == 0 && kept.key != 0 && kept.key >= from;
+        if (ties) own += kept.ties * measure(value_of(kept.key));
+        for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+            const auto low = static_cast<uint32_t>(simt::shuffle_xor(static_cast<int>(own), mask));
+            const auto high = static_cast<uint32_t>(simt::shuffle_xor(static_cast<int>(own >> 32), mask));
+            own += uint64_t{high} << 32 | low;
+        }
+        if (simt::lane() == 0) shared.sums[simt::warp()] = own;
+        simt::sync_block();
+        uint64_t all = 0;
+        for (int i = 0; i < kWarps; ++i) all += shared.sums[i];
+        simt::sync_block();
         return all;
     }
 
     // The sum over the threads in front of this one, and over all.
     BIOMEDGPT_DEVICE static uint64_t before(Shared& shared, uint64_t own, uint64_t& all) {
         const int place = simt::thread();
-        shared.bins[place] = own;
+        shared.sums[place] = own;
         simt::sync_block();
         for (int step = 1; step < kThreads; step *= 2) {
-            const uint64_t other = place >= step ? shared.bins[place - step] : 0;
+            const uint64_t other = place >= step ? shared.sums[place - step] : 0;
             simt::sync_block();
-            shared.bins[place] += other;
+            shared.sums[place] += other;
             simt::sync_block();
         }
-        all = shared.bins[kThreads - 1];
-        const uint64_t sum = shared.bins[place] - own;
+        all = shared.sums[kThreads - 1];
+        const uint64_t sum = shared.sums[place] - own;
         simt::sync_block();
         return sum;
     }
@@ -241,12 +221,12 @@ struct Choose {
             for (int i = begin; i < end; ++i) {
                 sum += weight_if_kept(row, kept, row.logits[i], seen);
                 if (sum <= target) continue;
-                shared.bin = static_cast<uint32_t>(i);
+                shared.found = i;
                 break;
             }
         }
         simt::sync_block();
-        return static_cast<int>(shared.bin);
+        return shared.found;
     }
 
     // `ties` is how many that equal the threshold came before.

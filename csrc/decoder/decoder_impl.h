@@ -26,9 +26,17 @@ namespace biomedgpt {
 inline namespace BIOMEDGPT_SIMT {
 
 constexpr int kMaxSplits = 16;
+constexpr int kWarps = 8;  // of a block that multiplies
 // Rows whose RMSNorm is part of the product: every block of it computes the norm again, for which it reads 8 bytes per
 // column and row, and that pays for as long as it is little beside the block's weights.
 constexpr int kFusedRows = 1;
+
+// What the host says of a call, in one piece: a copy between kernels would keep the next one from starting early.
+struct CallInputs {
+    RowPlace places[kMaxPromptRows];
+    Choice choices[kMaxChain];
+    int32_t picked[kMaxDecodeRows];
+};
 
 // A matrix on the GPU.
 struct Matrix4 {
@@ -44,6 +52,7 @@ class DecoderOn final : public CudaDecoder {
     // For a model that check_decoder() takes.
     DecoderOn(std::unique_ptr<Gpu> gpu, const DecoderModel& model, int64_t capacity)
         : owned_(std::move(gpu)), gpu_(*owned_), model_(model), capacity_(static_cast<int>(capacity)) {
+        while (1 << head_bits_ < model.head_size) ++head_bits_;
         require_memory();
         bring_weights();
         make_buffers();
@@ -62,6 +71,7 @@ class DecoderOn final : public CudaDecoder {
 
     int64_t new_cache() override {
         const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
         const size_t free = gpu_.free_memory();
         if (free < cache_bytes()) {
             throw DeviceError("a KV cache of " + std::to_string(capacity_) + " positions takes " +
@@ -74,12 +84,14 @@ class DecoderOn final : public CudaDecoder {
 
     void free_cache(int64_t cache) override {
         const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
         gpu_.wait();
         caches_.erase(cache);
     }
 
     void read_cache(int64_t cache, int64_t positions, uint16_t* to) override {
         const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
         const size_t row = row_bytes(positions), pitch = row_bytes(capacity_);
         gpu_.copy_rows(to, row, find(cache), pitch, row, cache_rows());
         gpu_.wait();
@@ -87,6 +99,7 @@ class DecoderOn final : public CudaDecoder {
 
     void write_cache(int64_t cache, int64_t positions, const uint16_t* from) override {
         const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
         const size_t row = row_bytes(positions), pitch = row_bytes(capacity_);
         gpu_.copy_rows(find(cache), pitch, from, row, row, cache_rows());
         gpu_.wait();
@@ -95,16 +108,17 @@ class DecoderOn final : public CudaDecoder {
     void run(const DecoderCall& call) override {
         check_call(model_, capacity_, call);
         const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
         const auto count = static_cast<int>(call.rows.size()), wanted = static_cast<int>(call.wanted.size());
+        CallInputs& inputs = *host_inputs_.get();
         for (int i = 0; i < count; ++i) {
             const DecoderRow& row = call.rows[static_cast<size_t>(i)];
-            host_places_.get()[i] = {find(row.cache), static_cast<int32_t>(row.position),
-                                     static_cast<int32_t>(row.token)};
+            inputs.places[i] = {find(row.cache), static_cast<int32_t>(row.position), static_cast<int32_t>(row.token)};
         }
         for (int i = 0; i < wanted; ++i) {
-            host_picked_.get()[i] = static_cast<int32_t>(call.wanted[static_cast<size_t>(i)]);
+            inputs.picked[i] = static_cast<int32_t>(call.wanted[static_cast<size_t>(i)]);
         }
-        std::copy(call.choices.begin(), call.choices.end(), host_choices_.get());
+        std::copy(call.choices.begin(), call.choices.end(), inputs.choices);
         const Wanted back = {wanted, call.logits != nullptr, !call.choices.empty()};
         if (call.embeddings != nullptr) {
             gpu_.copy(residual_.get(), call.embeddings, static_cast<size_t>(count * model_.hidden) * sizeof(float));
@@ -120,14 +134,14 @@ class DecoderOn final : public CudaDecoder {
     void run_chain(const DecoderChain& chain) override {
         check_chain(model_, capacity_, chain);
         const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
         const size_t steps = chain.choices.size();
-        host_places_.get()[0] = {find(chain.row.cache), static_cast<int32_t>(chain.row.position),
-                                 static_cast<int32_t>(chain.row.token)};
-        host_picked_.get()[0] = 0;
-        std::copy(chain.choices.begin(), chain.choices.end(), host_choices_.get());
-        gpu_.copy(places_.get(), host_places_.get(), sizeof(RowPlace));
-        gpu_.copy(picked_.get(), host_picked_.get(), sizeof(int32_t));
-        gpu_.copy(choices_.get(), host_choices_.get(), steps * sizeof(Choice));
+        CallInputs& inputs = *host_inputs_.get();
+        inputs.places[0] = {find(chain.row.cache), static_cast<int32_t>(chain.row.position),
+                            static_cast<int32_t>(chain.row.token)};
+        inputs.picked[0] = 0;
+        std::copy(chain.choices.begin(), chain.choices.end(), inputs.choices);
+        gpu_.copy(inputs_.get(), host_inputs_.get(), sizeof(CallInputs));
         gpu_.clear(step_.get(), step_.bytes());
         size_t left = steps;
         if (!chain_.has_value()) {
@@ -238,8 +252,7 @@ class DecoderOn final : public CudaDecoder {
     // Zeros stand behind a row's width where products read whole groups, and nobody ever writes there.
     void make_buffers() {
         const int64_t rows = kMaxPromptRows, few = kMaxDecodeRows, heads_width = model_.heads * model_.head_size;
-        places_ = zeros<RowPlace>(rows);
-        picked_ = zeros<int32_t>(few);
+        inputs_ = zeros<CallInputs>(1);
         residual_ = zeros<float>(rows * model_.hidden);
         normed_ = zeros<uint16_t>(rows * padded(model_.hidden));
         queries_ = zeros<uint16_t>(rows * heads_width);
@@ -248,13 +261,10 @@ class DecoderOn final : public CudaDecoder {
         logits_ = zeros<float>(few * model_.head.rows);
         partial_ = zeros<float>(few * model_.heads * kMaxSplits * (model_.head_size + 2));
         arrived_ = zeros<uint32_t>(few * model_.heads);
-        choices_ = zeros<Choice>(kMaxChain);
         chosen_ = zeros<Chosen>(kMaxChain);
         step_ = zeros<uint32_t>(1);
-        host_places_ = Pinned<RowPlace>(gpu_, static_cast<size_t>(rows));
-        host_picked_ = Pinned<int32_t>(gpu_, static_cast<size_t>(few));
+        host_inputs_ = Pinned<CallInputs>(gpu_, 1);
         host_logits_ = Pinned<float>(gpu_, static_cast<size_t>(few * model_.head.rows));
-        host_choices_ = Pinned<Choice>(gpu_, static_cast<size_t>(kMaxChain));
         host_chosen_ = Pinned<Chosen>(gpu_, static_cast<size_t>(kMaxChain));
     }
 
@@ -292,20 +302,17 @@ class DecoderOn final : public CudaDecoder {
     }
 
     void work(int count, const Wanted& wanted, bool tokens) {
-        gpu_.copy(places_.get(), host_places_.get(), static_cast<size_t>(count) * sizeof(RowPlace));
+        gpu_.copy(inputs_.get(), host_inputs_.get(), sizeof(CallInputs));
         if (tokens) embed(count);
         run_layers(count);
         if (wanted.rows == 0) return;
         const auto rows = static_cast<size_t>(wanted.rows);
-        gpu_.copy(picked_.get(), host_picked_.get(), rows * sizeof(int32_t));
         run_head(wanted.rows);
+        if (wanted.choices) choose(wanted.rows, nullptr);
         if (wanted.logits) {
             gpu_.copy(host_logits_.get(), logits_.get(), rows * static_cast<size_t>(model_.head.rows) * sizeof(float));
         }
-        if (!wanted.choices) return;
-        gpu_.copy(choices_.get(), host_choices_.get(), rows * sizeof(Choice));
-        choose(wanted.rows, nullptr);
-        gpu_.copy(host_chosen_.get(), chosen_.get(), rows * sizeof(Chosen));
+        if (wanted.choices) gpu_.copy(host_chosen_.get(), chosen_.get(), rows * sizeof(Chosen));
     }
 
     void chained_step() {
@@ -320,7 +327,7 @@ class DecoderOn final : public CudaDecoder {
     }
 
     void run_head(int rows) {
-        norm(final_norm_, rows, picked_.get());
+        norm(final_norm_, rows, inputs_.get()->picked);
         ProductParams params = product_of(head_, rows);
         params.sums = logits_.get();
         multiply_halves<Output::logits>(head_, params, normed_.get(), padded(model_.hidden));
@@ -331,10 +338,10 @@ class DecoderOn final : public CudaDecoder {
         params.logits = logits_.get();
         params.width = head_.rows;
         params.count = static_cast<int>(model_.choosable);
-        params.choices = choices_.get();
+        params.choices = inputs_.get()->choices;
         params.chosen = chosen_.get();
         params.step = step;
-        params.places = places_.get();
+        params.places = inputs_.get()->places;
         gpu_.launch<Choose>({rows}, Choose::kShared, params);
     }
 
@@ -343,7 +350,7 @@ class DecoderOn final : public CudaDecoder {
         params.table = table_.get();
         params.scales = scales_.get();
         params.element_bytes = static_cast<int>(size_of(model_.embedding_type));
-        params.places = places_.get();
+        params.places = inputs_.get()->places;
         params.out = residual_.get();
         params.columns = static_cast<int>(model_.hidden);
         gpu_.launch<Embed>({count}, 0, params);
@@ -365,8 +372,9 @@ class DecoderOn final : public CudaDecoder {
         qkv.out_pitch = heads_width;
         qkv.cache = cache;
         qkv.rope = {cos_.get(), sin_.get()};
-        qkv.places = places_.get();
+        qkv.places = inputs_.get()->places;
         qkv.heads = static_cast<int>(model_.heads);
+        qkv.head_bits = head_bits_;
         multiply_normed<Output::qkv>(layer.qkv, qkv, layer.attention_norm);
         attend(cache, count);
         add(layer.out, attended_, padded(heads_width), count);
@@ -405,8 +413,10 @@ class DecoderOn final : public CudaDecoder {
     // RMSNorm and the product in one kernel where what is normed fits a block's memory and costs little, else in two.
     template <Output kOutput>
     void multiply_normed(const Matrix4& matrix, ProductParams& params, const Buffer<float>& gain) {
-        const size_t shared = Product<4, 128, 1, Input::normed, kOutput>::shared_bytes(matrix.width(), params.count);
-        if (params.count <= kFusedRows && shared <= gpu_.shared_limit()) {
+        const auto shared = [&](auto kernel) { return decltype(kernel)::shared_bytes(matrix.width(), params.count); };
+        const size_t needed = matrix.group == 128 ? shared(Product<4, 128, 1, Input::normed, kOutput>())
+                                                  : shared(Product<4, 0, 1, Input::normed, kOutput>());
+        if (params.count <= kFusedRows && needed <= gpu_.shared_limit()) {
             params.normed = norm_source(gain, nullptr);
             launch<1, Input::normed, kOutput>(matrix, params);
             return;
@@ -421,27 +431,42 @@ class DecoderOn final : public CudaDecoder {
         params.pitch = pitch;
         if constexpr (kOutput == Output::logits) {
             if (matrix.bits == 8) {
-                launch_bits<8, 1, Input::halves, kOutput>(matrix, params);
+                launch_groups<8, 1, Input::halves, kOutput, 4>(matrix, params);
                 return;
             }
-        } else {
-            if (params.count > 32) return launch<8, Input::halves, kOutput>(matrix, params);
-            if (params.count > kMaxDecodeRows) return launch<4, Input::halves, kOutput>(matrix, params);
+        } else if (params.count > kMaxDecodeRows) {
+            return multiply_prompt<kOutput>(matrix, params);
+        }
+        if constexpr (kOutput == Output::residual) {
+            // One panel for a block, and fewer blocks than multiprocessors have room for: more warps of each.
+            using Kernel = Product<4, 128, 1, Input::halves, kOutput, 2 * kWarps>;
+            if (matrix.group == 128 && Kernel::shared_bytes(matrix.width(), params.count) <= gpu_.shared_limit()) {
+                return launch_kernel<Kernel>(matrix, params);
+            }
         }
         launch<1, Input::halves, kOutput>(matrix, params);
     }
 
-    template <int kTiles, Input kInput, Output kOutput>
-    void launch(const Matrix4& matrix, const ProductParams& params) {
-        launch_bits<4, kTiles, kInput, kOutput>(matrix, params);
+    // As few rows of nothing as can be.
+    template <Output kOutput>
+    void multiply_prompt(const Matrix4& matrix, const ProductParams& params) {
+        const auto multiplied = [&](int rows) { return (params.count + rows - 1) / rows * rows; };
+        if (params.count <= 32) return launch<4, Input::halves, kOutput>(matrix, params);
+        if (multiplied(48) < multiplied(64)) return launch<6, Input::halves, kOutput>(matrix, params);
+        launch<8, Input::halves, kOutput>(matrix, params);
     }
 
-    template <int kBits, int kTiles, Input kInput, Output kOutput>
-    void launch_bits(const Matrix4& matrix, const ProductParams& params) {
+    template <int kTiles, Input kInput, Output kOutput>
+    void launch(const Matrix4& matrix, const ProductParams& params) {
+        launch_groups<4, kTiles, kInput, kOutput, kWarps>(matrix, params);
+    }
+
+    template <int kBits, int kTiles, Input kInput, Output kOutput, int kBlockWarps>
+    void launch_groups(const Matrix4& matrix, const ProductParams& params) {
         if (matrix.group == 128) {
-            launch_kernel<Product<kBits, 128, kTiles, kInput, kOutput>>(matrix, params);
+            launch_kernel<Product<kBits, 128, kTiles, kInput, kOutput, kBlockWarps>>(matrix, params);
         } else {
-            launch_kernel<Product<kBits, 0, kTiles, kInput, kOutput>>(matrix, params);
+            launch_kernel<Product<kBits, 0, kTiles, kInput, kOutput, kBlockWarps>>(matrix, params);
         }
     }
 
@@ -471,24 +496,26 @@ class DecoderOn final : public CudaDecoder {
         const int pitch = padded(model_.heads * model_.head_size);
         if (count > kMaxDecodeRows) {
             using Kernel = AttendPrompt<kHeadSize>;
-            const AttendPromptParams params = {queries_.get(), attended_.get(), pitch, count,
-                                               cache,          places_.get(),   heads, score_scale()};
+            const AttendPromptParams params = {queries_.get(), attended_.get(),       pitch, count,
+                                               cache,          inputs_.get()->places, heads, score_scale()};
             gpu_.launch<Kernel>({(count + Kernel::kRows - 1) / Kernel::kRows, heads}, Kernel::kShared, params);
             return;
         }
         using Kernel = Attend<kHeadSize>;
         // Two blocks for each multiprocessor, whatever the number of positions: a graph keeps its grid.
         const int blocks = heads * count, splits = (2 * gpu_.multiprocessors() + blocks - 1) / blocks;
-        const AttendParams params = {queries_.get(),
-                                     attended_.get(),
-                                     pitch,
-                                     cache,
-                                     places_.get(),
-                                     heads,
-                                     std::clamp(splits, 1, kMaxSplits),
-                                     score_scale(),
-                                     partial_.get(),
-                                     arrived_.get()};
+        AttendParams params;
+        params.queries = queries_.get();
+        params.out = attended_.get();
+        params.out_pitch = pitch;
+        params.cache = cache;
+        params.places = inputs_.get()->places;
+        params.heads = heads;
+        params.heads_per_kv = static_cast<int>(model_.heads / model_.kv_heads);
+        params.splits = std::clamp(splits, 1, kMaxSplits);
+        params.scale = score_scale();
+        params.partial = partial_.get();
+        params.arrived = arrived_.get();
         gpu_.launch<Kernel>({heads, params.splits, count}, Kernel::kShared, params);
     }
 
@@ -496,23 +523,20 @@ class DecoderOn final : public CudaDecoder {
     Gpu& gpu_;
     DecoderModel model_;
     int capacity_;
+    int head_bits_ = 0;  // head_size is 2 to that
     size_t bytes_ = 0;
     std::mutex mutex_;
     std::vector<Layer> layers_;
     Buffer<float> final_norm_, cos_, sin_, scales_;
     Matrix4 head_;
     Buffer<uint8_t> table_;
-    Buffer<RowPlace> places_;
-    Buffer<int32_t> picked_;
+    Buffer<CallInputs> inputs_;
     Buffer<float> residual_, logits_, partial_;
     Buffer<uint16_t> normed_, queries_, attended_, gated_;
     Buffer<uint32_t> arrived_, step_;
-    Buffer<Choice> choices_;
     Buffer<Chosen> chosen_;
-    Pinned<RowPlace> host_places_;
-    Pinned<int32_t> host_picked_;
+    Pinned<CallInputs> host_inputs_;
     Pinned<float> host_logits_;
-    Pinned<Choice> host_choices_;
     Pinned<Chosen> host_chosen_;
     std::map<int64_t, Buffer<uint16_t>> caches_;
     int64_t next_cache_ = 1;

@@ -20,6 +20,7 @@ struct EmbedParams {
 struct Embed {
     using Params = EmbedParams;
     static constexpr int kThreads = 256, kBlocks = 4;
+    static constexpr bool kSharedFirst = true;
 
     BIOMEDGPT_DEVICE static void run(const Params& p) {
         simt::let_next_start();

@@ -54,6 +54,7 @@ struct NormParams {
 struct Norm {
     using Params = NormParams;
     static constexpr int kThreads = 256, kBlocks = 4;
+    static constexpr bool kSharedFirst = true;
     static constexpr size_t kShared = kThreads / kWarpSize * sizeof(float);
 
     BIOMEDGPT_DEVICE static void run(const Params& p) {

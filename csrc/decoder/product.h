@@ -49,21 +49,27 @@ struct ProductParams {
     uint16_t* out = nullptr;  // Output::gated: [count, out_pitch], in the order of products; Output::qkv: queries
     int out_pitch = 0;        // in halves
     CacheShape cache = {};    // Output::qkv, and so are all below
+    int head_bits = 0;        // head_size is 2 to that
     Rope rope;
     const RowPlace* places = nullptr;
     int heads = 0;
 };
 
-// kGroup: of columns; 0 where p.group says how many, 64 or 32.
-template <int kBits, int kGroup, int kTiles, Input kInput, Output kOutput>
+// kGroup: of columns; 0 where p.group says how many, 64 or 32. kWarps: of a block.
+template <int kBits, int kGroup, int kTiles, Input kInput, Output kOutput, int kWarps = kBits == 4 ? 8 : 4>
 struct Product {
     using Params = ProductParams;
 
-    static constexpr int kWarps = kBits == 4 ? 8 : 4, kThreads = kWarps * kWarpSize;
-    static constexpr int kBlocks = kTiles == 1 ? 3 : 1;  // of a multiprocessor, at least: what registers must allow
+    static constexpr int kThreads = kWarps * kWarpSize;
+    // Of the L1, a token's kernels want the part that is shared; a prompt's read x many times.
+    static constexpr bool kSharedFirst = kTiles == 1;
+    static constexpr int kBlocks = kTiles > 1   ? 1
+                                   : kWarps > 8 ? 1
+                                                : 3;  // of a multiprocessor, at least: what registers must allow
     static constexpr int kPanels = kOutput == Output::qkv || kOutput == Output::gated ? 2 : 1;  // of a block
     static constexpr int kSlices = kWarps / kPanels;                                            // of a panel
     static constexpr int kColumns = kTiles * 8;                                                 // rows of x
+    static constexpr int kSteps = (kGroup != 0 ? kGroup : 64) / 32;                             // of a record, at most
     static constexpr int kStages = kGroup != 0 ? 3 : 6;                                         // of a ring
     static constexpr int kMostBytes = kPanel * ((kGroup != 0 ? kGroup : 64) * kBits / 8 + 2);   // of a record
     static constexpr int kRingBytes = kStages * kMostBytes;
@@ -88,31 +94,37 @@ struct Product {
 
     // The panel that is the `turn`-th of a block's.
     BIOMEDGPT_DEVICE static int panel_of(const Params& p, int unit, int turn) {
-        const int half_panels = p.cache.head_size / 2 / kPanel;
-        if (kOutput != Output::qkv || half_panels == 0) return unit * kPanels + turn;
+        const int bits = p.head_bits - 6;  // 2 to that are the panels of half a head
+        if (kOutput != Output::qkv || bits < 0) return unit * kPanels + turn;
         // Both halves of a head, whose elements are rotated in pairs.
-        return unit / half_panels * 2 * half_panels + unit % half_panels + turn * half_panels;
+        return (unit >> bits << (bits + 1)) + (unit & ((1 << bits) - 1)) + (turn << bits);
     }
 
     // A warp's records, on their way through its ring.
     struct Stream {
-        const uint8_t* next;
-        int64_t step;  // from a record to the next of this warp
+        const uint8_t* next;  // what this lane brings of a record
+        int64_t step;         // from a record to the next of this warp
         int left;
-        int bytes;  // of a record
-        char* ring;
-        int stage = 0;  // that the next one goes to
+        int values;  // bytes of a record, scales apart
+        char* to;    // where this lane brings it in the first stage
+        int stage = 0;
+
+        BIOMEDGPT_DEVICE Stream(const uint8_t* records, int64_t step, int count, int bytes, char* ring)
+            : next(records + simt::lane() * 16), step(step), left(count), values(bytes - 2 * kPanel) {
+            // So that lanes 4 g + t, which read the g-th 16 bytes of row t of 128, meet in no bank.
+            to = ring + (simt::lane() ^ simt::lane() / 8 * 2) * 16;
+        }
 
         // Begins to copy a record, if there is one left; a group of copies either way.
         BIOMEDGPT_DEVICE void start() {
             if (left > 0) {
-                char* to = ring + stage * bytes;
-                for (int i = simt::lane(); i < bytes / 16; i += kWarpSize) {
-                    // So that the lanes 4 g + t, which read 16 bytes g of row t of 128, meet in no bank. Scales stay.
-                    const int row = i / 8;
-                    const int swizzled = i < (bytes - 2 * kPanel) / 16 ? i ^ (row % 4 * 2) : i;
-                    simt::copy_async(to + swizzled * 16, next + i * 16);
+                char* at = to + stage * (values + 2 * kPanel);
+#pragma unroll
+                for (int i = 0; i < (kGroup != 0 ? kGroup * kBits * 4 : values); i += kWarpSize * 16) {
+                    simt::copy_async(at + i, next + i);
                 }
+                // Scales, which stay in their order: the first four lanes are not swizzled.
+                if (simt::lane() < 2 * kPanel / 16) simt::copy_async(at + values, next + values);
                 next += step;
                 --left;
             }
@@ -138,10 +150,10 @@ struct Product {
             const uint32_t low = words.words[i], high = low >> 8;
             // As the last bits of a half, a value v is 1024 + v, and four bits further up 1024 + 16 v: less 1032 the
             // one, a sixteenth less 72 the other are v - 8.
-            a[i][0] = simt::half_pair_sub((low & 0x000f000fu) | 0x64006400u, 0x64086408u);
-            a[i][1] = simt::half_pair_fma((low & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
-            a[i][2] = simt::half_pair_sub((high & 0x000f000fu) | 0x64006400u, 0x64086408u);
-            a[i][3] = simt::half_pair_fma((high & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+            a[i][0] = simt::half_pair_sub(simt::and_or<0x000f000fu, 0x64006400u>(low), 0x64086408u);
+            a[i][1] = simt::half_pair_fma(simt::and_or<0x00f000f0u, 0x64006400u>(low), 0x2c002c00u, 0xd480d480u);
+            a[i][2] = simt::half_pair_sub(simt::and_or<0x000f000fu, 0x64006400u>(high), 0x64086408u);
+            a[i][3] = simt::half_pair_fma(simt::and_or<0x00f000f0u, 0x64006400u>(high), 0x2c002c00u, 0xd480d480u);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -178,56 +190,83 @@ struct Product {
         }
     }
 
-    // Where this lane's rows of x begin: those that stand in column lane / 4 of the tiles.
+    // Where this lane reads x: in the rows that stand in column lane / 4 of the tiles. Rows that are not there are the
+    // last one again, since a column of a product is nobody else's business, and nobody writes it.
     struct Rows {
-        const uint16_t* begin;
-        int pitch;
-        int left;  // rows from that one on
-
-        BIOMEDGPT_DEVICE const uint16_t* at(int tile, int column) const {
-            return begin + int64_t{tile} * 8 * pitch + column;
-        }
+        const uint16_t* at[kTiles];
 
         BIOMEDGPT_DEVICE void octets(int column, Quad (&x)[kTiles]) const {
 #pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) x[tile] = *reinterpret_cast<const Quad*>(at[tile] + column);
+        }
+
+        // Of eight bits, half an octet: the even columns in its first words, the odd ones in its last.
+        BIOMEDGPT_DEVICE void pairs(int column, Pair (&x)[kTiles]) const {
+#pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-                x[tile] = tile * 8 < left ? *reinterpret_cast<const Quad*>(at(tile, column)) : Quad{};
+                const auto* words = reinterpret_cast<const uint32_t*>(at[tile] + column);
+                x[tile] = {{words[0], words[2]}};
             }
         }
 
-        // Columns 4 t, ... of sixteen: half of an octet, the even ones in its first words, the odd ones in its last.
-        BIOMEDGPT_DEVICE void halves_of_octets(int column, Pair (&x)[kTiles]) const {
-            const int quarter = simt::lane() % 4;
+        BIOMEDGPT_DEVICE void advance(int columns) {
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-                x[tile] = {};
-                if (tile * 8 >= left) continue;
-                const auto* words = reinterpret_cast<const uint32_t*>(at(tile, column + quarter / 2 * kOctet));
-                x[tile] = {{words[quarter % 2], words[2 + quarter % 2]}};
-            }
+            for (int tile = 0; tile < kTiles; ++tile) at[tile] += columns;
         }
     };
 
-    BIOMEDGPT_DEVICE static void add_record(const char* record, int group, int column, const Rows& rows, Sums& sums) {
-        Sums partial = {};
+    // Of `count` rows that begin at `x`, those from `first` on.
+    BIOMEDGPT_DEVICE static Rows rows_of(const uint16_t* x, int pitch, int first, int count) {
         const int quarter = simt::lane() % 4;
-#pragma unroll(kGroup == 0 || kTiles > 4 ? 1 : 4)
-        for (int i = 0; i < group; i += 32) {
-            if constexpr (kBits == 4) {
-                Quad x[kTiles];
-                rows.octets(column + i + quarter * kOctet, x);
-                add_int4(record + i / kOctet * 128, x, partial);
-            } else {
-                for (int half = 0; half < 32; half += 16) {
-                    Pair x[kTiles];
-                    rows.halves_of_octets(column + i + half, x);
-                    add_int8(record + (i + half) / 4 * 128, x, partial);
-                }
+        // Of 32 columns, eight; of eight bits, four of sixteen.
+        const int own = kBits == 4 ? quarter * kOctet : quarter / 2 * kOctet + quarter % 2 * 2;
+        Rows rows;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const int row = first + tile * 8 + simt::lane() / 4;
+            rows.at[tile] = x + int64_t{row < count ? row : count - 1} * pitch + own;
+        }
+        return rows;
+    }
+
+    // A record, whose columns of x begin where `rows` are. What is asked of memory is asked before anything is waited
+    // for: of one tile all, of several the next 32 columns.
+    BIOMEDGPT_DEVICE static void add_record(const char* record, int group, const Rows& rows, Sums& sums) {
+        Sums partial = {};
+        if constexpr (kBits == 8) {
+            simt::wait_copies<kStages - 1>();
+            simt::sync_warp();
+            for (int i = 0; i < group; i += 16) {
+                Pair x[kTiles];
+                rows.pairs(i, x);
+                add_int8(record + i / 4 * 128, x, partial);
+            }
+        } else if constexpr (kTiles == 1 && kGroup != 0) {
+            Quad x[kGroup / 32][kTiles];
+#pragma unroll
+            for (int i = 0; i < kGroup / 32; ++i) rows.octets(i * 32, x[i]);
+            simt::wait_copies<kStages - 1>();
+            simt::sync_warp();
+#pragma unroll
+            for (int i = 0; i < kGroup / 32; ++i) add_int4(record + i * 512, x[i], partial);
+        } else {
+            Quad x[2][kTiles];
+            rows.octets(0, x[0]);
+            simt::wait_copies<kStages - 1>();
+            simt::sync_warp();
+#pragma unroll
+            for (int i = 0; i < kSteps; ++i) {
+                if (i * 32 >= group) break;
+                if ((i + 1) * 32 < group) rows.octets((i + 1) * 32, x[(i + 1) % 2]);
+                add_int4(record + i * 512, x[i % 2], partial);
             }
         }
-        // Of the four rows of the panel that this lane has.
-        const char* at = record + group * kBits * kPanel / 8 + simt::lane() / 4 * sizeof(Pair);
-        const Pair scales = *reinterpret_cast<const Pair*>(at);
+        add_scaled(record + group * kBits * kPanel / 8, partial, sums);
+    }
+
+    // By the scales of the four rows of the panel that this lane has.
+    BIOMEDGPT_DEVICE static void add_scaled(const char* of_record, const Sums& partial, Sums& sums) {
+        const Pair scales = reinterpret_cast<const Pair*>(of_record)[simt::lane() / 4];
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -248,22 +287,22 @@ struct Product {
         const int first = simt::block_x() * kColumns, panel = panel_of(p, simt::block_y(), turn);
         char* ring = simt::shared() + warp * kWarpBytes;
         const bool exists = panel < panels_of(p);
-        Stream stream = {p.records + (int64_t{panel} * p.groups + slice) * bytes, int64_t{kSlices} * bytes,
-                         exists ? (p.groups - slice + kSlices - 1) / kSlices : 0, bytes, ring};
-        const int records = stream.left;
+        const int records = exists ? (p.groups - slice + kSlices - 1) / kSlices : 0;
+        Stream stream(p.records + (int64_t{panel} * p.groups + slice) * bytes, int64_t{kSlices} * bytes, records, bytes,
+                      ring);
 #pragma unroll
         for (int i = 0; i + 1 < kStages; ++i) stream.start();
         // Weights are nobody's output: they are on their way before the kernel ahead has ended.
         simt::let_next_start();
         simt::wait_for_inputs();
-        const Rows rows = rows_of(p, first, group);
+        Rows rows = input(p, first, group);
+        rows.advance(slice * group);
         Sums sums = {};
         int stage = 0;
         for (int i = 0; i < records; ++i) {
             stream.start();
-            simt::wait_copies<kStages - 1>();
-            simt::sync_warp();
-            add_record(ring + stage * bytes, group, (slice + i * kSlices) * group, rows, sums);
+            add_record(ring + stage * bytes, group, rows, sums);
+            rows.advance(kSlices * group);
             simt::sync_warp();  // the stage is filled anew by the next turn
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
@@ -278,9 +317,9 @@ struct Product {
         return (p.rows + kPanel - 1) / kPanel * (kOutput == Output::gated ? 2 : 1);
     }
 
-    BIOMEDGPT_DEVICE static Rows rows_of(const Params& p, int first, int group) {
-        const int own = simt::lane() / 4, left = p.count - first - own;
-        if (kInput == Input::halves) return {p.x + int64_t{first + own} * p.pitch, p.pitch, left};
+    // Normed by this block first, where that is asked for.
+    BIOMEDGPT_DEVICE static Rows input(const Params& p, int first, int group) {
+        if (kInput == Input::halves) return rows_of(p.x, p.pitch, first, p.count);
         const int width = p.groups * group, pitch = pitch_of(width);
         auto* normed = reinterpret_cast<uint16_t*>(simt::shared() + kWarps * kWarpBytes);
         auto* scratch = reinterpret_cast<float*>(normed + p.count * pitch);
@@ -288,7 +327,7 @@ struct Product {
             normalise(p.normed, row, normed + row * pitch, width, scratch, kWarps);
         }
         simt::sync_block();
-        return {normed + own * pitch, pitch, left};
+        return rows_of(normed, pitch, 0, p.count);
     }
 
     // A warp's sums as [rows of x, 32].
@@ -343,7 +382,7 @@ struct Product {
                                         float (&sums)[kPanels]) {
         const int half = p.cache.head_size / 2, rotated = (p.heads + p.cache.kv_heads) * p.cache.head_size;
         if (half >= kPanel) {
-            const int64_t angle = int64_t{position} * half + rows[0] % p.cache.head_size;
+            const int64_t angle = int64_t{position} * half + (rows[0] & (p.cache.head_size - 1));
             if (rows[0] >= rotated) return;
             const float cos = p.rope.cos[angle], sin = p.rope.sin[angle], first = sums[0], second = sums[kPanels - 1];
             sums[0] = first * cos - second * sin;
@@ -353,9 +392,9 @@ struct Product {
 #pragma unroll
         for (int turn = 0; turn < kPanels; ++turn) {
             const float other = simt::shuffle_xor(sums[turn], half);
-            const int element = rows[turn] % p.cache.head_size;
+            const int element = rows[turn] & (p.cache.head_size - 1);
             if (rows[turn] >= rotated) continue;
-            const int64_t angle = int64_t{position} * half + element % half;
+            const int64_t angle = int64_t{position} * half + (element & (half - 1));
             const float cos = p.rope.cos[angle], sin = p.rope.sin[angle];
             sums[turn] = element < half ? sums[turn] * cos - other * sin : sums[turn] * cos + other * sin;
         }
@@ -364,7 +403,7 @@ struct Product {
     // A query where attention looks for it, a key or value in the cache.
     BIOMEDGPT_DEVICE static void keep(const Params& p, int64_t row, int column, float value) {
         if (column >= p.rows) return;
-        const int size = p.cache.head_size, head = column / size - p.heads, element = column % size;
+        const int size = p.cache.head_size, head = (column >> p.head_bits) - p.heads, element = column & (size - 1);
         if (head < 0) {
             p.out[row * p.out_pitch + column] = simt::half_bits(value);
             return;

@@ -128,14 +128,7 @@ class Gpu {
     template <class Kernel>
     void launch(const Grid& grid, size_t shared_bytes, const typename Kernel::Params& params) {
         const auto kernel = enter<Kernel>;
-        const auto entry = reinterpret_cast<const void*>(kernel);
-        size_t& allowed = allowed_[entry];
-        if (shared_bytes > (size_t{48} << 10) && shared_bytes > allowed) {
-            require(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared_bytes)),
-                    std::to_string(shared_bytes) + " bytes of shared memory");
-            allowed = shared_bytes;
-        }
+        const Entry& entry = prepare(reinterpret_cast<const void*>(kernel), shared_bytes, Kernel::kSharedFirst);
         cudaLaunchConfig_t config{};
         config.gridDim =
             dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
@@ -146,13 +139,72 @@ class Gpu {
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         config.attrs = &early;
-        config.numAttrs = capability_ >= 90 ? 1 : 0;  // what simt::wait_for_inputs() waits for
+        config.numAttrs = early_ && entry.waits ? 1 : 0;
         require(cudaLaunchKernelEx(&config, kernel, params), "a kernel cannot be launched");
     }
 
     // What `work` puts into the stream, which is not done.
     template <class Work>
     Graph capture(const Work& work) {
+        if (early_) {
+            try {
+                return capture_once(work);
+            } catch (const DeviceError&) {
+                early_ = false;  // drivers before CUDA 12.3 capture no such launches
+            }
+        }
+        return capture_once(work);
+    }
+    void run(const Graph& graph) { require(cudaGraphLaunch(graph.handle_, stream_), "a graph cannot be launched"); }
+
+    // Makes the device the calling thread's, until the end of a scope: it is another one in every thread.
+    class Current {
+      public:
+        explicit Current(const Gpu& gpu) {
+            require(cudaGetDevice(&before_), "no GPU can be used");
+            require(cudaSetDevice(gpu.device_), "the GPU cannot be used");
+        }
+        Current(const Current&) = delete;
+        Current& operator=(const Current&) = delete;
+        ~Current() { cudaSetDevice(before_); }
+
+      private:
+        int before_ = 0;
+    };
+
+  private:
+    // What is known of a kernel.
+    struct Entry {
+        size_t allowed = size_t{48} << 10;  // of shared memory
+        bool waits = false;                 // whether simt::wait_for_inputs() is more than nothing in it
+        bool known = false;
+    };
+
+    const Entry& prepare(const void* kernel, size_t shared_bytes, bool shared_first) {
+        Entry& entry = entries_[kernel];
+        if (!entry.known) {
+            cudaFuncAttributes found{};
+            require(cudaFuncGetAttributes(&found, kernel), "a kernel cannot be loaded");
+            entry.waits = found.ptxVersion >= 90;
+            if (shared_first) {
+                // One split of the L1 for all kernels of a token: to change it, a multiprocessor has to be idle.
+                require(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                             cudaSharedmemCarveoutMaxShared),
+                        "shared memory");
+            }
+            entry.known = true;
+        }
+        if (shared_bytes > entry.allowed) {
+            require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(shared_bytes)),
+                    std::to_string(shared_bytes) + " bytes of shared memory");
+            entry.allowed = shared_bytes;
+        }
+        return entry;
+    }
+
+    template <class Work>
+    Graph capture_once(const Work& work) {
         require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "a graph cannot be captured");
         cudaGraph_t captured = nullptr;
         try {
@@ -170,14 +222,12 @@ class Gpu {
         require(code, "a graph cannot be made");
         return graph;
     }
-    void run(const Graph& graph) { require(cudaGraphLaunch(graph.handle_, stream_), "a graph cannot be launched"); }
-
-  private:
     int device_ = 0, capability_ = 0, multiprocessors_ = 0;
     size_t shared_limit_ = 0;
     std::string name_;
     cudaStream_t stream_ = nullptr;
-    std::map<const void*, size_t> allowed_;  // shared memory, by kernel
+    bool early_ = true;  // whether kernels may start before those ahead of them have ended
+    std::map<const void*, Entry> entries_;
 };
 
 }  // namespace on_cuda

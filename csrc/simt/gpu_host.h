@@ -76,6 +76,11 @@ class Gpu {
     }
     void wait() {}
 
+    // As gpu_cuda.h has it; there is one device.
+    struct Current {
+        explicit Current(const Gpu&) {}
+    };
+
     template <class Kernel>
     void launch(const Grid& grid, size_t shared_bytes, const typename Kernel::Params& params) {
         if (shared_bytes > shared_limit_) throw DeviceError(std::to_string(shared_bytes) + " bytes of shared memory.");

@@ -12,7 +12,7 @@
 //   load_transposed(registers, row)                             ldmatrix.x4.trans
 //   copy_async(to, from), commit_copies(), wait_copies<N>()     16 bytes into shared memory behind the threads' back
 //   copy_async(to, from, there)                                 the same, zeros where nothing is there
-//   load_stream(from)                                           16 bytes that nobody reads again
+//   and_or<mask, bits>(value)                                   value & mask | bits
 //   wait_for_inputs(), let_next_start()                         programmatic dependent launch: what earlier kernels
 //                                                               write may be touched only behind the first
 //   fetch_add(counter, value), fence()                          between blocks

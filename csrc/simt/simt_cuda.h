@@ -57,18 +57,19 @@ BIOMEDGPT_DEVICE int shuffle_xor(int value, int mask) {
 
 BIOMEDGPT_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     // Turing multiplies eight columns at a time; the fragments of sixteen are those of twice eight.
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[2]), "r"(a[3]), "r"(b[1]));
 #endif
 }
 
@@ -108,14 +109,6 @@ BIOMEDGPT_DEVICE void wait_copies() {
 #endif
 }
 
-BIOMEDGPT_DEVICE Quad load_stream(const void* from) {
-    Quad quad;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(quad.words[0]), "=r"(quad.words[1]), "=r"(quad.words[2]), "=r"(quad.words[3])
-                 : "l"(from));
-    return quad;
-}
-
 BIOMEDGPT_DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -132,11 +125,6 @@ BIOMEDGPT_DEVICE uint32_t fetch_add(uint32_t* counter, uint32_t value) {
     return atomicAdd(counter, value);
 }
 
-BIOMEDGPT_DEVICE void fetch_add(uint64_t* sum, uint64_t value) {
-    static_assert(sizeof(unsigned long long) == sizeof(uint64_t), "");
-    atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(value));
-}
-
 BIOMEDGPT_DEVICE void fence() {
     __threadfence();
 }
@@ -148,6 +136,14 @@ BIOMEDGPT_DEVICE __half2 as_half2(uint32_t pair) {
 
 BIOMEDGPT_DEVICE uint32_t bits_of(__half2 pair) {
     return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// value & kMask | kBits, in one instruction, which compilers make two of.
+template <uint32_t kMask, uint32_t kBits>
+BIOMEDGPT_DEVICE uint32_t and_or(uint32_t value) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "n"(kMask), "n"(kBits));
+    return result;
 }
 
 BIOMEDGPT_DEVICE uint32_t half_pair_sub(uint32_t a, uint32_t b) {

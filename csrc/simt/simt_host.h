@@ -160,10 +160,6 @@ void wait_copies() {
     wait_for_copies(N);
 }
 
-inline Quad load_stream(const void* from) {
-    return *static_cast<const Quad*>(from);
-}
-
 inline void wait_for_inputs() {}
 
 inline void let_next_start() {}
@@ -174,11 +170,12 @@ inline uint32_t fetch_add(uint32_t* counter, uint32_t value) {
     return before;
 }
 
-inline void fetch_add(uint64_t* sum, uint64_t value) {
-    *sum += value;
-}
-
 inline void fence() {}
+
+template <uint32_t kMask, uint32_t kBits>
+uint32_t and_or(uint32_t value) {
+    return (value & kMask) | kBits;
+}
 
 inline uint32_t half_pair_sub(uint32_t a, uint32_t b) {
     return half_pair(low_half(a) - low_half(b), high_half(a) - high_half(b));

@@ -158,22 +158,35 @@ void check_attend(int heads, int kv_heads, int splits, const std::vector<int>& p
     const Numbers queries = rounded(random_numbers(random, static_cast<size_t>(rows * heads * kHeadSize), 1));
     std::vector<uint16_t> halves;
     for (const double number : queries) halves.push_back(float_to_half(static_cast<float>(number)));
-    std::vector<RowPlace> places;
-    for (const int position : positions) places.push_back({cache.halves.data(), position, 0});
-    const int pitch = (heads * kHeadSize + 127) / 128 * 128;
-    std::vector<uint16_t> out(static_cast<size_t>(rows * pitch), 0x7e00);
-    std::vector<float> partial(static_cast<size_t>(rows * heads * splits * (kHeadSize + 2)), NAN);
-    std::vector<uint32_t> arrived(static_cast<size_t>(rows * heads));
     Gpu gpu;
+    const OnGpu<uint16_t> on_gpu(gpu, cache.halves), from(gpu, halves);
+    std::vector<RowPlace> places;
+    for (const int position : positions) places.push_back({on_gpu.get(), position, 0});
+    const OnGpu<RowPlace> of_rows(gpu, places);
+    const int pitch = (heads * kHeadSize + 127) / 128 * 128;
+    const OnGpu<uint16_t> out(gpu, std::vector<uint16_t>(static_cast<size_t>(rows * pitch), 0x7e00));
+    const auto kept = static_cast<size_t>(rows * heads * splits * (kHeadSize + 2));
+    const OnGpu<float> partial(gpu, std::vector<float>(kept, NAN));
+    const OnGpu<uint32_t> arrived(gpu, std::vector<uint32_t>(static_cast<size_t>(rows * heads)));
+    AttendParams params;
+    params.queries = from.get();
+    params.out = out.get();
+    params.out_pitch = pitch;
+    params.cache = cache.shape;
+    params.places = of_rows.get();
+    params.heads = heads;
+    params.heads_per_kv = heads / kv_heads;
+    params.splits = splits;
+    params.scale = kLog2E / std::sqrt(static_cast<float>(kHeadSize));
+    params.partial = partial.get();
+    params.arrived = arrived.get();
     for (int again = 0; again < 2; ++again) {  // the counters are as they were
-        gpu.launch<Attend<kHeadSize>>(
-            {heads, splits, rows}, Attend<kHeadSize>::kShared,
-            {halves.data(), out.data(), pitch, cache.shape, places.data(), heads, splits,
-             kLog2E / std::sqrt(static_cast<float>(kHeadSize)), partial.data(), arrived.data()});
+        gpu.launch<Attend<kHeadSize>>({heads, splits, rows}, Attend<kHeadSize>::kShared, params);
     }
-    const auto found = from_ordered(out, heads * kHeadSize, pitch);
+    const auto found = from_ordered(out.back(), heads * kHeadSize, pitch);
     CHECK(difference(found.data(), attended_rows(cache, queries, heads, positions)) < kHalf);
-    CHECK(std::all_of(arrived.begin(), arrived.end(), [](uint32_t count) { return count == 0; }));
+    const auto counts = arrived.back();
+    CHECK(std::all_of(counts.begin(), counts.end(), [](uint32_t count) { return count == 0; }));
 }
 
 template <int kHeadSize>
@@ -239,6 +252,7 @@ void check_qkv(int heads, int kv_heads, int count, bool biased) {
     params.rope = {cos.get(), sin.get()};
     params.places = of_rows.get();
     params.heads = heads;
+    for (int size = kHeadSize; size > 1; size /= 2) ++params.head_bits;
     launch_product<Product<4, 0, 1, kInput, Output::qkv>>(gpu, params);
     cache.halves = on_gpu.back();
     Numbers expected_queries, found_queries, expected, found;
@@ -273,6 +287,7 @@ struct Multiply {
         float* c;
     };
     static constexpr int kThreads = 32, kBlocks = 1;
+    static constexpr bool kSharedFirst = false;
 
     BIOMEDGPT_DEVICE static void run(const Params& p) {
         const int group = simt::lane() / 4, quarter = simt::lane() % 4;
@@ -298,6 +313,7 @@ struct Transpose {
         uint32_t* pairs;
     };
     static constexpr int kThreads = 32, kBlocks = 1;
+    static constexpr bool kSharedFirst = false;
 
     BIOMEDGPT_DEVICE static void run(const Params& p) {
         auto* memory = reinterpret_cast<uint16_t*>(simt::shared());
@@ -521,7 +537,7 @@ GPU_TEST(attention_whose_largest_score_comes_last_or_first) {
         const OnGpu<uint32_t> arrived(gpu, {0});
         gpu.launch<Attend<32>>(
             {1, 4, 1}, Attend<32>::kShared,
-            {query.get(), out.get(), 128, cache.shape, at.get(), 1, 4, 0.25f, partial.get(), arrived.get()});
+            {query.get(), out.get(), 128, cache.shape, at.get(), 1, 1, 4, 0.25f, partial.get(), arrived.get()});
         gpu.launch<AttendPrompt<32>>({1, 1}, AttendPrompt<32>::kShared,
                                      {query.get(), prompt.get(), 128, 1, cache.shape, at.get(), 1, 0.25f});
         const auto values = cache.rows(kValues, 0, 70);

@@ -184,6 +184,7 @@ class Bench {
         params.rope = {angles_.get(), angles_.get()};
         params.places = places_.get();
         params.heads = sizes_.heads;
+        for (int size = sizes_.head_size; size > 1; size /= 2) ++params.head_bits;
         const size_t shared = Kernel::shared_bytes(params.groups * params.group, rows);
         if (shared > gpu_.shared_limit()) return;
         const Grid grid{(rows + Kernel::kColumns - 1) / Kernel::kColumns,
@@ -214,10 +215,18 @@ class Bench {
         const double bytes = 4.0 * sizes_.kv_heads * sizes_.head_size * depth;
         for_head_size<Attend>([&](auto kernel) {
             using Kernel = decltype(kernel);
-            const AttendParams params = {
-                x_.get(),       out_.get(),    padded(width()), {sizes_.kv_heads, sizes_.head_size, sizes_.capacity, 0},
-                places_.get(),  sizes_.heads,  splits,          scale(),
-                partial_.get(), arrived_.get()};
+            AttendParams params;
+            params.queries = x_.get();
+            params.out = out_.get();
+            params.out_pitch = padded(width());
+            params.cache = {sizes_.kv_heads, sizes_.head_size, sizes_.capacity, 0};
+            params.places = places_.get();
+            params.heads = sizes_.heads;
+            params.heads_per_kv = sizes_.heads / sizes_.kv_heads;
+            params.splits = splits;
+            params.scale = scale();
+            params.partial = partial_.get();
+            params.arrived = arrived_.get();
             time("attend at " + std::to_string(depth), 1, bytes, 4.0 * width() * depth,
                  [&](int) { gpu_.launch<Kernel>({sizes_.heads, splits, 1}, Kernel::kShared, params); });
         });

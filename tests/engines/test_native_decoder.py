@@ -1,4 +1,4 @@
-"""The decoder on our own CUDA kernels, in their emulation: logits, answers, what is refused, and what the binding takes."""
+"""The decoder on our own CUDA kernels, emulated: logits, answers, what is refused, and what the binding takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_edge.decoder.cuda import NativeDecoder
 from biomedgpt_edge.decoder.kv_cache import KeyValues
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
-from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.errors import ClosedError, KernelArgumentError, OptionError, PlatformError, PromptTooLongError
 from biomedgpt_edge.inputs import Molecule
 from biomedgpt_edge.sampling import GenerationOptions, Sampler
@@ -60,7 +59,7 @@ class Shape:
 
     heads: int = 4
     kv_heads: int = 4
-    inner: int = 344
+    inner: int = 128
     biases: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,7 +69,7 @@ SHAPES = {
     PLAIN: Shape(),
     "heads of 128, groups of 64": Shape(2, 2, 192, options={"group_size": 64}),
     "grouped queries, groups of 32": Shape(8, 2, 160, options={"group_size": 32}),
-    "attention biases": Shape(8, 4, biases=True),
+    "attention biases, a width of no whole groups": Shape(8, 4, 344, biases=True),
     "head and embeddings of eight bits": Shape(options={"lm_head": "int8", "embeddings": "int8"}),
 }
 HIDDEN, PIECES = 256, 400
@@ -226,7 +225,7 @@ def test_logits_are_those_of_float64(cases: Cases, name: str) -> None:
     assert_near(np.stack(found), case.expected[16:21])
 
 
-@pytest.mark.parametrize("ends", [(40,), (33, 48), (2, 11, 12), (1, 2, 3)], ids=lambda ends: " ".join(map(str, ends)))
+@pytest.mark.parametrize("ends", [(33, 48), (2, 11, 12), (1, 2, 3)], ids=lambda ends: " ".join(map(str, ends)))
 def test_a_prompt_may_come_in_any_pieces(plain: Case, ends: tuple[int, ...]) -> None:
     with plain.decoder.open(48) as state:
         for start, end in itertools.pairwise([0, *ends]):
@@ -261,22 +260,21 @@ def test_pieces_of_more_than_eight_positions_give_the_same_bits_however_a_prompt
 def test_several_tokens_in_one_call_are_as_many_steps(plain: Case) -> None:
     with plain.decoder.open(24) as state, plain.decoder.open(24) as other:
         for one in (state, other):
-            one.prefill(plain.embeddings[:9])
-        together = state.steps(plain.tokens[9:13])
-        singly = np.stack([other.step(token) for token in plain.tokens[9:13]])
-        assert state.length == other.length == 13
+            one.prefill(plain.embeddings[:4])
+        together = state.steps(plain.tokens[4:7])
+        singly = np.stack([other.step(token) for token in plain.tokens[4:7]])
+        assert state.length == other.length == 7
     assert_near(together, singly.astype(np.float64), 1e-3)
 
 
 def test_greedy_tokens_are_those_of_the_processor_but_for_near_ties(plain: Case) -> None:
-    exact = OnnxDecoder(plain.bundle, threads=1)
     decided = 0
-    with plain.decoder.open(40) as state, exact.open(40) as other:
+    with plain.decoder.open(40) as state, OnnxDecoder(plain.bundle, threads=1).open(40) as other:
         ours, theirs = state.prefill(plain.embeddings[:20]), other.prefill(plain.embeddings[:20]).copy()
-        for _ in range(8):
-            # Activations of eight bits, which it rounds to, move each of two logits so far.
+        for _ in range(7):
+            # So far activations of eight bits, to which it rounds, move each of two logits.
             runner_up, best = np.sort(theirs)[-2:]
-            if best - runner_up > 2 * 0.02 * np.abs(theirs).max():
+            if best - runner_up > 2 * 0.03 * np.abs(theirs).max():
                 decided += 1
                 assert ours.argmax() == theirs.argmax()
             token = int(theirs.argmax())
@@ -290,13 +288,13 @@ def test_greedy_tokens_are_those_of_the_processor_but_for_near_ties(plain: Case)
 def test_what_was_cut_off_leaves_no_trace(plain: Case) -> None:
     with plain.decoder.open(24) as state, plain.decoder.open(24) as untouched:
         for one in (state, untouched):
-            one.prefill(plain.embeddings[:12])
+            one.prefill(plain.embeddings[:5])
         state.steps([7, 8, 9])
-        state.truncate(12)
+        state.truncate(5)
         np.testing.assert_array_equal(state.step(3), untouched.step(3))
-        state.truncate(10)
-        assert_near(np.stack([*state.steps(plain.tokens[10:12])]), plain.expected[10:12])
-        for length in (-1, 13):
+        state.truncate(4)
+        assert_near(state.steps(plain.tokens[4:6]), plain.expected[4:6])
+        for length in (-1, 7):
             with pytest.raises(ValueError, match=f"cannot be cut to {length}"):
                 state.truncate(length)
 
@@ -327,9 +325,9 @@ def test_a_state_of_nothing_has_no_keys_and_values(plain: Case) -> None:
 
 def test_two_sequences_side_by_side_know_nothing_of_each_other(plain: Case) -> None:
     with plain.decoder.open(24) as one, plain.decoder.open(24) as other:
-        one.prefill(plain.embeddings[:9])
-        other.prefill(plain.embeddings[20:32])
-        for position in (9, 10):
+        one.prefill(plain.embeddings[:5])
+        other.prefill(plain.embeddings[20:28])
+        for position in (5, 6):
             assert_near(one.step(plain.tokens[position]), plain.expected[position])
             other.step(position)
 
@@ -337,7 +335,7 @@ def test_two_sequences_side_by_side_know_nothing_of_each_other(plain: Case) -> N
 def test_two_threads_at_once_get_what_each_gets_alone(plain: Case) -> None:
     def answer() -> None:
         with plain.decoder.open(24) as state:
-            found.append(np.stack([state.step(token) for token in range(3)]))
+            found.append(np.stack([state.step(token) for token in range(2)]))
 
     found = list[Array]()
     answer()
@@ -457,16 +455,16 @@ def processor() -> Iterator[Engine]:
 
 
 def test_the_demos_logits_are_those_of_float64(demo: Engine) -> None:
-    embeddings = demo.prepare("Hi").embeddings[:17]
+    embeddings = demo.prepare("Why?").embeddings[:9]
     assert isinstance(demo.decoder, NativeDecoder)
-    with demo.decoder.open(20) as state:
+    with demo.decoder.open(9) as state:
         found = state.prefill(embeddings)
     assert_near(found, Reference(demo.bundle).logits(embeddings)[-1])
 
 
 def test_a_question_is_answered_as_on_the_processor(demo: Engine, processor: Engine) -> None:
-    expected = processor.ask(SIZE, ETHANOL, max_new_tokens=4)
-    answer = demo.ask(SIZE, ETHANOL, max_new_tokens=4)
+    expected = processor.ask(SIZE, ETHANOL, max_new_tokens=3)
+    answer = demo.ask(SIZE, ETHANOL, max_new_tokens=3)
     assert (answer.token_ids, answer.text, answer.finish) == (expected.token_ids, expected.text, expected.finish)
     # What the template begins with, in whole tiles.
     assert answer.timings.cached_tokens == 16
@@ -577,7 +575,7 @@ def test_a_portable_bundle_is_refused_with_how_to_lay_it_out(portable_demo: Path
 def test_a_context_that_the_model_has_not_is_refused(
     bundles: Bundles, emulated_decoder: CudaDecoder, context: int
 ) -> None:
-    with pytest.raises(OptionError, match="do not compute the decoder of .*: capacity: got ") as caught:
+    with pytest.raises(OptionError, match=r"do not compute the decoder of .*: capacity: got ") as caught:
         NativeDecoder(bundles(PLAIN), native=emulated_decoder, context=context)
     assert ("1 to the 2048 positions" in caught.value.message) == (abs(context) < 2**63 and context is not True)
 
@@ -750,17 +748,14 @@ def test_a_logit_that_is_no_number_is_no_token(small: Any, sequence: int) -> Non
 # Temperature, top-k and top-p. The logits come in pairs of equal ones, so that odd numbers of them cut one.
 OPTIONS = [
     (1.0, 0, 1.0),
-    (0.3, 0, 1.0),
     (100.0, 0, 1.0),
     (1e-6, 0, 1.0),
     (1.0, 1, 1.0),
     (2.0, 7, 1.0),
-    (5.0, 289, 1.0),
-    (5.0, 10_000, 1.0),
+    (0.3, 10_000, 1.0),
     (3.0, 0, 0.37),
     (2.0, 0, 1e-6),
     (1.5, 31, 0.83),
-    (0.7, 5, 0.9999),
 ]
 
 
@@ -1137,7 +1132,7 @@ def test_keys_and_values_of_another_shape_are_refused(small: Any, sequence: int,
 def test_keys_and_values_are_not_read_into_what_is_read_only(small: Any, sequence: int) -> None:
     values = np.zeros((2, 32), np.float16)
     values.flags.writeable = False
-    with pytest.raises(KernelArgumentError, match="to: got .*read-only"):
+    with pytest.raises(KernelArgumentError, match=r"to: got .*read-only"):
         small.read_cache(sequence, values)
     small.write_cache(sequence, values)
 
@@ -1156,3 +1151,51 @@ def test_a_cache_that_was_freed_or_never_made_is_not_used(small: Any) -> None:
                 use(unknown)
     # The number of one is given to no other.
     assert small.new_cache() > freed
+
+
+# --- a head of eight bits ---------------------------------------------------------------------------------------------
+
+VALUES, SCALES = np.full((40, 96), 129, np.uint8), np.ones((40, 3), np.float16)
+RECORDS = np.zeros(_native.int8_head_shape(40, 70, 32), np.uint8)
+
+
+def test_rows_beyond_the_last_are_those_of_zeros() -> None:
+    records = RECORDS.copy()
+    _native.int8_head_pack(records, VALUES, SCALES, 32)
+    panel, record = RECORDS.shape[0], 32 * (32 + 2)
+    assert records.shape == (panel, 3 * record) == (2, 3264)
+    last = records[1].reshape(3, record)
+    values, scales = last[:, : 32 * 32].reshape(3, 8, 32, 4), last[:, 32 * 32 :].copy().view(np.float16)
+    # Eight of the 32 rows of the second panel are there; 128 stands for zero.
+    assert (values[:, :, :8] == 129).all()
+    assert (values[:, :, 8:] == 128).all()
+    assert (scales == np.where(np.arange(32) < 8, 1, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"),
+    [
+        *((rows, 70, 32) for rows in (0, -1, 2**24 + 1, 2**62, 2**64, True, 40.0, None)),
+        *((40, columns, 32) for columns in (0, -1, 2**62, "70")),
+        *((40, 70, group) for group in (0, -32, 16, 96, 2**62, None)),
+    ],
+)
+def test_a_head_of_impossible_size_has_no_records(rows: Any, columns: Any, group: Any) -> None:
+    with pytest.raises(KernelArgumentError):
+        _native.int8_head_shape(rows, columns, group)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"group": group} for group in (64, 0, -32, True, None)),
+        *({"values": values} for values in (VALUES[:, 1:], VALUES[:39], VALUES.view(np.int8), VALUES.T, None)),
+        *({"scales": scales} for scales in (SCALES[:39], SCALES[:0], SCALES[:, :0], SCALES.astype(np.float32))),
+        *({"records": records} for records in (RECORDS[:1], RECORDS[:, 1:], np.broadcast_to(RECORDS[:1], (2, 3264)))),
+        {"records": np.frombuffer(bytes(2 * 3264), np.uint8).reshape(2, 3264)},
+    ],
+)
+def test_what_does_not_make_records_of_a_head_is_refused(changes: dict[str, Any]) -> None:
+    given = {"records": RECORDS.copy(), "values": VALUES, "scales": SCALES, "group": 32} | changes
+    with pytest.raises(KernelArgumentError):
+        _native.int8_head_pack(**given)
