@@ -154,7 +154,7 @@ def build(run: Run) -> None:
         *([] if run.dry else [f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"]),
         *(["-GNinja"] if shutil.which("ninja") and not (run.work / "CMakeCache.txt").exists() else []),
     ]
-    targets = ["gpu_tests", "time_decoder", "_native", "_ort_ops", "_emulated"]
+    targets = ["gpu_tests", "time_decoder", *(["_emulated"] if run.dry else ["_native", "_ort_ops"])]
     jobs = str(os.cpu_count() or 2)
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(run.work), *options],
@@ -183,10 +183,13 @@ def _module(run: Run, name: str, module: str) -> ModuleType:
 
 def native_decoder(run: Run) -> type[Any]:
     """The class of the kernels; --dry, the emulated one."""
-    sys.path.insert(0, str(ROOT / "runtime"))
-    native = _module(run, "_native", "biomedgpt_edge._native")
-    decoder = _module(run, "_emulated", "_emulated") if run.dry else native
-    return decoder.CudaDecoder  # type: ignore[no-any-return]
+    if run.dry:
+        # Everything else is that of the package, which is installed.
+        return _module(run, "_emulated", "_emulated").CudaDecoder  # type: ignore[no-any-return]
+    # Nothing has to be installed: the package beside this file, with the module that was built.
+    if str(ROOT / "runtime") not in sys.path:
+        sys.path.insert(0, str(ROOT / "runtime"))
+    return _module(run, "_native", "biomedgpt_edge._native").CudaDecoder  # type: ignore[no-any-return]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def built(base: Path) -> Path:
-    """The folder with ``kernel_tests``, ``gpu_tests`` and the module ``_emulated``; ``base`` is the same for all processes."""
+    """The folder with ``kernel_tests``, ``gpu_tests`` and ``_emulated``; ``base`` is the same for all processes."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
