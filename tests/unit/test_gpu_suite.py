@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import gpu_suite
 from biomedgpt_edge import _native
-from gpu_suite import Figure, Run, Shape, add_shares, main, random_matrix, weight_bytes
-
-SUITE = Path(gpu_suite.__file__)
+from support import benchmark_script
 
 
 @pytest.fixture(scope="module")
-def dry(cpp_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def suite() -> Iterator[Any]:
+    with benchmark_script("gpu_suite") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def dry(suite: Any, cpp_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """What a dry run prints, and its JSON."""
     path = tmp_path_factory.mktemp("suite") / "found.json"
-    command = [sys.executable, str(SUITE), "--dry", "--work", str(cpp_folder), "--json", str(path)]
+    command = [sys.executable, str(suite.__file__), "--dry", "--work", str(cpp_folder), "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))
@@ -44,44 +48,44 @@ def test_a_dry_run_says_that_its_times_mean_nothing(dry: tuple[str, dict[str, An
     assert all(figure["share"] is None for figure in found["figures"])
 
 
-def test_without_a_gpu_the_suite_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_suite_says_so(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     path = tmp_path / "found.json"
-    assert main(["--json", str(path)]) == 1
+    assert suite.main(["--json", str(path)]) == 1
     failed = json.loads(path.read_text(encoding="utf-8"))["failed"]
     assert "nvidia-smi cannot be asked" in failed["device"]
     assert "--dry" in failed["device"]
 
 
 @pytest.mark.parametrize("arguments", [["--without", "everything"], ["--rounds", "0"]])
-def test_what_cannot_be_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_refused(suite: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        suite.main(arguments)
     assert caught.value.code == 2
     assert "--without takes checks, tokens" in capsys.readouterr().err
 
 
-def test_shares_are_of_the_limit_that_binds() -> None:
-    run = Run(dry=False, work=Path(), rounds=1, rates={"bytes": 4e12, "operations": 8e14})
+def test_shares_are_of_the_limit_that_binds(suite: Any) -> None:
+    run = suite.Run(dry=False, work=Path(), rounds=1, rates={"bytes": 4e12, "operations": 8e14})
     run.figures = [
-        Figure("token", 1, 1000, bytes=3.4e9),
-        Figure("prompt", 512, 10_000, bytes=3.4e9, operations=6.8e12),
-        Figure("choose", 1, 5),
+        suite.Figure("token", 1, 1000, bytes=3.4e9),
+        suite.Figure("prompt", 512, 10_000, bytes=3.4e9, operations=6.8e12),
+        suite.Figure("choose", 1, 5),
     ]
-    add_shares(run)
+    suite.add_shares(run)
     assert [figure.share for figure in run.figures] == [pytest.approx(0.85), pytest.approx(0.85), None]
 
 
-def test_matrices_have_the_size_of_their_records() -> None:
+def test_matrices_have_the_size_of_their_records(suite: Any) -> None:
     import numpy as np
 
     for rows, columns, matrices in ((40, 200, 1), (64, 128, 2)):
-        records, *_ = random_matrix(np.random.default_rng(0), rows, columns, 128, matrices)
+        records, *_ = suite.random_matrix(np.random.default_rng(0), rows, columns, 128, matrices)
         panels, groups, size = _native.int4_records_shape(rows, columns, 128)
         assert records.shape == (matrices * panels, groups * size)
 
 
-def test_a_token_of_the_full_shape_reads_the_weights_of_a_7b() -> None:
+def test_a_token_of_the_full_shape_reads_the_weights_of_a_7b(suite: Any) -> None:
     # 6.6 billion weights of four bits, with a scale of 16 bits for 128 of them.
-    assert weight_bytes(gpu_suite.FULL) == pytest.approx(6.607e9 * (0.5 + 2 / 128), rel=1e-3)
-    assert weight_bytes(Shape(128, 256, 4, 32, 300, 0, 10)) == 300 * 128 * (0.5 + 2 / 128)
+    assert suite.weight_bytes(suite.FULL) == pytest.approx(6.607e9 * (0.5 + 2 / 128), rel=1e-3)
+    assert suite.weight_bytes(suite.Shape(128, 256, 4, 32, 300, 0, 10)) == 300 * 128 * (0.5 + 2 / 128)
