@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .decoder.base import DecoderState, Embeddings, Logits
+from .decoder.base import ChoosingState, DecoderState, Embeddings, Logits
 from .sampling import GenerationOptions, Sampler
 from .speculation import PromptLookup, Speculation
 from .tokenizer import Tokenizer
@@ -123,8 +123,8 @@ def generate(
                 return
         timings.prefill = time.perf_counter() - clock
         ahead = None if lookup is None else Speculation(state, lookup, options.max_new_tokens - 1)
+        token = sampler.choose(logits)
         for index in range(options.max_new_tokens):
-            token = sampler.choose(logits)
             if index == 0:
                 timings.ttft = timings.prepare + time.perf_counter() - started
             if token == tokenizer.eos_id:
@@ -136,12 +136,22 @@ def generate(
             if result.cancelled.is_set():
                 return
             if index + 1 < options.max_new_tokens:
-                clock = time.perf_counter()
-                logits = state.step(token) if ahead is None else ahead.step(token)
-                timings.decode += time.perf_counter() - clock
-                timings.steps += 1
+                token = _next(state, ahead, sampler, token, timings)
                 if ahead is not None:
                     timings.drafted, timings.accepted = ahead.drafted, ahead.accepted
+
+
+def _next(state: DecoderState, ahead: Speculation | None, sampler: Sampler, token: int, timings: Timings) -> int:
+    """The token behind ``token``: chosen by the state where it can, so that logits stay where they are."""
+    choice = sampler.choice() if ahead is None and isinstance(state, ChoosingState) else None
+    clock = time.perf_counter()
+    if choice is not None and isinstance(state, ChoosingState):
+        chosen, largest = state.step_chosen(token, choice)
+    else:
+        logits = state.step(token) if ahead is None else ahead.step(token)
+    timings.decode += time.perf_counter() - clock
+    timings.steps += 1
+    return sampler.choose(logits) if choice is None else sampler.take(chosen, largest)
 
 
 class AnswerText:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from .errors import BioMedGPTError, OptionError
 
 DEFAULT_MAX_NEW_TOKENS = 256
+# Below it, all but the likeliest tokens have no weight in 64 bits, unless their logits are the same.
+_LEAST_TEMPERATURE = 1e-30
 
 
 class OptionArguments(TypedDict, total=False):
@@ -79,6 +81,20 @@ class GenerationOptions:
         object.__setattr__(self, "stop", tuple(self.stop))
 
 
+class Choice(NamedTuple):
+    """How a decoder that chooses by itself chooses the next token; see csrc/decoder/choose.h.
+
+    Attributes:
+        inverse_temperature: 0 is greedy.
+        uniform: where in the sum of what may be drawn, 0 to 1, exclusive.
+    """
+
+    inverse_temperature: float
+    top_k: int
+    top_p: float
+    uniform: float
+
+
 class Sampler:
     """Chooses tokens for one answer.
 
@@ -105,15 +121,34 @@ class Sampler:
         scores = self._penalized(logits[: self._vocabulary])
         token = int(scores.argmax())
         # NaN wins every argmax, so one look at the winner finds it.
-        if not np.isfinite(scores[token]):
-            raise BioMedGPTError(
-                f"the model's largest logit is {scores[token]}.",
-                remedy="Run 'biomedgpt-edge verify' on the bundle; export it again.",
-            )
+        _require_finite(float(scores[token]))
         if self._options.temperature > 0:
             token = self._draw(scores)
         if self._options.repetition_penalty != 1.0:
             self._seen[token] = None
+        return token
+
+    def choice(self) -> Choice | None:
+        """For the next token, where the decoder is to choose it; None where it needs logits: with a penalty.
+
+        Draws take the same numbers as those of :meth:`choose`.
+        """
+        options = self._options
+        if options.repetition_penalty != 1.0:
+            return None
+        if options.temperature == 0:
+            return Choice(0.0, 0, 1.0, 0.0)
+        # In 32 bits, in which the largest numbers below 1 would be 1, and the inverse of small ones infinite.
+        inverse = min(1 / max(options.temperature, _LEAST_TEMPERATURE), 1 / _LEAST_TEMPERATURE)
+        return Choice(inverse, options.top_k, options.top_p, min(self._random.random(), 1 - 2**-24))
+
+    def take(self, token: int, largest: float) -> int:
+        """What a decoder chose, and the largest logit it saw.
+
+        Raises:
+            BioMedGPTError: as :meth:`choose`.
+        """
+        _require_finite(largest)
         return token
 
     def _penalized(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -160,6 +195,14 @@ class Sampler:
             np.subtract(scores, scores.max(), out=weights, dtype=np.float64)
             weights /= self._options.temperature
         return np.exp(weights, out=weights)
+
+
+def _require_finite(largest: float) -> None:
+    if not np.isfinite(largest):
+        raise BioMedGPTError(
+            f"the model's largest logit is {largest}.",
+            remedy="Run 'biomedgpt-edge verify' on the bundle; export it again.",
+        )
 
 
 def _largest(scores: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.int64]:

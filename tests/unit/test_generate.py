@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from biomedgpt_edge.decoder.base import Embeddings, KeyValues, Logits
 from biomedgpt_edge.errors import BioMedGPTError
 from biomedgpt_edge.generate import PREFILL_CHUNK, AnswerText, Generation, Timings, generate
-from biomedgpt_edge.sampling import GenerationOptions
+from biomedgpt_edge.sampling import Choice, GenerationOptions, Sampler
 from biomedgpt_edge.tokenizer import Tokenizer
 from biomedgpt_export.synthesize import train_tokenizer
 
@@ -321,3 +321,63 @@ class TestAnswerText:
             pieces = [answer.push(token) for token in ids]
             assert "".join([*pieces, answer.finish()]) == "It is"
             assert answer.stopped
+
+
+# --- decoders that choose by themselves -------------------------------------------------------------------------------
+
+
+class ChoosingScript(Script):
+    """A script that chooses its tokens where it was asked to, and remembers how."""
+
+    def __init__(self, tokens: list[int], *, largest: float = 5.0) -> None:
+        super().__init__(tokens)
+        self.largest = largest
+        self.choices: list[Choice] = []
+
+    def step_chosen(self, token: int, choice: Choice) -> tuple[int, float]:
+        self.stepped.append(token)
+        self.choices.append(choice)
+        return self.tokens[len(self.stepped)], self.largest
+
+
+def test_a_decoder_that_chooses_is_asked_for_no_logits_behind_the_prompt(tokenizer: Tokenizer) -> None:
+    script, result = ChoosingScript([7, 8, 9, 10]), Generation(Timings())
+    tokens = list(generate(script.open, PROMPT, GenerationOptions(max_new_tokens=4), tokenizer, result))
+    assert tokens == [7, 8, 9, 10]
+    assert script.stepped == [7, 8, 9]
+    assert script.choices == [Choice(0.0, 0, 1.0, 0.0)] * 3
+    assert result.timings.steps == 3
+
+
+def test_its_draws_take_the_numbers_that_draws_from_logits_take(tokenizer: Tokenizer) -> None:
+    options = GenerationOptions(max_new_tokens=4, temperature=0.5, top_k=3, top_p=0.75, seed=11)
+    script = ChoosingScript([7, 7, 7, 7])
+    list(generate(script.open, PROMPT, options, tokenizer, Generation(Timings())))
+    numbers = np.random.default_rng(11).random(4)
+    # The first of them went into the token behind the prompt.
+    assert [choice.uniform for choice in script.choices] == list(numbers[1 : 1 + len(script.choices)])
+    assert {choice[:3] for choice in script.choices} == {(2.0, 3, 0.75)}
+
+
+def test_a_penalty_needs_logits(tokenizer: Tokenizer) -> None:
+    script = ChoosingScript([7, 8, 9])
+    options = GenerationOptions(max_new_tokens=3, repetition_penalty=1.5)
+    assert list(generate(script.open, PROMPT, options, tokenizer, Generation(Timings()))) == [7, 8, 9]
+    assert script.choices == []
+
+
+@pytest.mark.parametrize("largest", [float("nan"), float("inf"), float("-inf")])
+def test_what_it_chose_among_no_numbers_is_an_error(largest: float, tokenizer: Tokenizer) -> None:
+    script = ChoosingScript([7, 8], largest=largest)
+    with pytest.raises(BioMedGPTError, match="largest logit is"):
+        list(generate(script.open, PROMPT, GenerationOptions(max_new_tokens=2), tokenizer, Generation(Timings())))
+
+
+@given(temperature=st.floats(0, 100), seed=st.integers(0, 2**32))
+@example(temperature=5e-324, seed=0)
+def test_choices_are_numbers_that_a_kernel_takes(temperature: float, seed: int) -> None:
+    choice = Sampler(GenerationOptions(temperature=temperature, seed=seed), 10).choice()
+    assert choice is not None
+    assert np.isfinite(np.float32(choice.inverse_temperature))
+    assert 0 <= np.float32(choice.uniform) < 1
+    assert (choice.inverse_temperature == 0) == (temperature == 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from ..sampling import Choice
 from .kv_cache import KeyValues, KvLayout
 
 Logits = npt.NDArray[np.float32]
@@ -68,6 +69,15 @@ class DecoderState(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class ChoosingState(Protocol):
+    """A :class:`DecoderState` that can choose the next token where the logits are, so that these stay there."""
+
+    def step_chosen(self, token: int, choice: Choice) -> tuple[int, float]:
+        """Appends one token; returns the one that is chosen behind it, and the largest logit."""
+        ...
 
 
 class Decoder(Protocol):

@@ -18,6 +18,7 @@ from ..errors import KernelArgumentError, OptionError, PlatformError
 from ..manifest import RECORDS, DecoderSpec
 from ..onnx_header import INT4_MATRICES, Product, read_header
 from ..portable import Sources, group_size_of
+from ..sampling import Choice
 from ..tensor_names import BIAS, INT8_VALUES, ROPE_COS, ROPE_SIN, SCALES, records_name
 from .base import Embeddings, Logits
 from .kv_cache import KeyValues, KvLayout, Values
@@ -81,7 +82,7 @@ class NativeDecoder:
             raise _unfit(bundle, error.message) from error
         self.identity = f"{bundle.digest}, csrc/decoder {_native.__version__}, {self._native.device}, float16"
 
-    def open(self, capacity: int, start: KeyValues | None = None) -> StaticState:
+    def open(self, capacity: int, start: KeyValues | None = None) -> NativeState:
         """See :meth:`Decoder.open`.
 
         Raises:
@@ -89,7 +90,7 @@ class NativeDecoder:
             PlatformError: the GPU has no memory for another KV cache.
             KernelArgumentError: ``start`` is not of this decoder.
         """
-        return StaticState(self, self.spec, self.kv, capacity, start)
+        return NativeState(self, self.spec, self.kv, capacity, start)
 
     def new_cache(self) -> int:
         """See :class:`Runner`."""
@@ -120,10 +121,26 @@ class NativeDecoder:
         """See :class:`Runner`; at most 8."""
         return self._run(cache, [int(token) for token in tokens], len(tokens), start, list(range(len(tokens))))
 
+    def run_chosen(self, cache: int, token: int, start: int, choice: Choice) -> tuple[int, float]:
+        """Appends a token; the one chosen behind it, and the largest logit. Nothing else comes back."""
+        return self._native.run([cache], [start], [int(token)], [0], None, [choice])[0]
+
     def _run(self, cache: int, x: Embeddings | list[int], count: int, start: int, wanted: list[int]) -> Logits:
         logits = np.empty((len(wanted), self._rows), np.float32)
         self._native.run([cache] * count, list(range(start, start + count)), x, wanted, logits)
         return logits
+
+
+class NativeState(StaticState):
+    """One sequence; see :class:`DecoderState` and :class:`ChoosingState`."""
+
+    _runner: NativeDecoder
+
+    def step_chosen(self, token: int, choice: Choice) -> tuple[int, float]:
+        """See :class:`ChoosingState`."""
+        chosen = self._runner.run_chosen(self._cache_for(1), token, self._length, choice)
+        self._length += 1
+        return chosen
 
 
 @dataclass
