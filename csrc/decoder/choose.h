@@ -15,8 +15,8 @@ namespace biomedgpt {
 struct Choice {
     float inverse_temperature;  // 0 for the likeliest token; finite
     int32_t top_k;              // 0 keeps all
-    float top_p;                // 1 keeps all
-    float uniform;              // 0 to 1, exclusive: where in the sum
+    double top_p;               // 1 keeps all
+    double uniform;             // 0 to 1, exclusive: where in the sum
 };
 
 // What was chosen.
@@ -139,7 +139,7 @@ struct Choose {
         if (choice.top_p < 1) {
             const auto weight = [&](float logit) { return row.weight(logit); };
             const uint64_t all = sum_from(shared, row, kept, 0, weight);
-            const auto wanted = static_cast<uint64_t>(static_cast<double>(choice.top_p) * static_cast<double>(all));
+            const auto wanted = static_cast<uint64_t>(choice.top_p * static_cast<double>(all));
             Kept fewer = select(shared, row, kept, wanted > 0 ? wanted : 1, weight);
             const uint64_t each = row.weight(value_of(fewer.key));
             fewer.ties = each > 0 ? (fewer.ties + each - 1) / each : 1;
@@ -206,7 +206,7 @@ struct Choose {
     }
 
     // Here each thread has neighbouring logits: the order of the vocabulary counts.
-    BIOMEDGPT_DEVICE static int place_in_sum(Shared& shared, const Row& row, const Kept& kept, float uniform) {
+    BIOMEDGPT_DEVICE static int place_in_sum(Shared& shared, const Row& row, const Kept& kept, double uniform) {
         const int each = (row.count + kThreads - 1) / kThreads, begin = simt::thread() * each;
         const int end = begin + each < row.count ? begin + each : row.count;
         uint64_t ties = 0, all, own = 0;
@@ -215,7 +215,7 @@ struct Choose {
         uint64_t seen = ties_before;
         for (int i = begin; i < end; ++i) own += weight_if_kept(row, kept, row.logits[i], seen);
         uint64_t sum = before(shared, own, all);
-        const auto target = static_cast<uint64_t>(static_cast<double>(uniform) * static_cast<double>(all));
+        const auto target = static_cast<uint64_t>(uniform * static_cast<double>(all));
         if (sum <= target && target < sum + own) {
             seen = ties_before;
             for (int i = begin; i < end; ++i) {

@@ -104,7 +104,7 @@ class CudaDecoder {
 
     // A cache of which no position is there.
     virtual int64_t new_cache() = 0;
-    virtual void free_cache(int64_t cache) = 0;
+    virtual void free_cache(int64_t cache) = 0;  // which has to be there
     // The first positions, halves [2 * layers, kv_heads, positions, head_size].
     virtual void read_cache(int64_t cache, int64_t positions, uint16_t* to) = 0;
     virtual void write_cache(int64_t cache, int64_t positions, const uint16_t* from) = 0;

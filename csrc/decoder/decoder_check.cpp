@@ -36,7 +36,7 @@ void check_matrix(const std::string& name, const DecoderMatrix& matrix, int64_t 
 
 // Written so that NaN is refused.
 void check_choice(const Choice& choice) {
-    const auto refuse = [](const char* what, float given, const char* expected) {
+    const auto refuse = [](const char* what, double given, const char* expected) {
         throw ArgumentError(what, std::to_string(given), expected);
     };
     if (!(choice.inverse_temperature >= 0 && choice.inverse_temperature <= std::numeric_limits<float>::max())) {
@@ -57,6 +57,9 @@ void check_sizes(const DecoderModel& model) {
             "a multiple of 8 below 2^20");
     require(model.intermediate > 0 && model.intermediate < kMaxWidth, "intermediate", model.intermediate,
             "1 to 2^20 - 1");
+    if (!(model.epsilon > 0 && model.epsilon < 1)) {
+        throw ArgumentError("epsilon", std::to_string(model.epsilon), "above 0, and below 1");
+    }
     require(model.vocabulary > 0 && model.vocabulary < kMaxWidth, "vocabulary", model.vocabulary, "1 to 2^20 - 1");
     require(model.positions > 0 && model.positions < kMaxCount, "positions", model.positions, "1 to 2^20 - 1");
     require(!model.layers.empty() && model.layers.size() < 1024, "layers", static_cast<int64_t>(model.layers.size()),

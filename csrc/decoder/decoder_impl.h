@@ -85,6 +85,7 @@ class DecoderOn final : public CudaDecoder {
     void free_cache(int64_t cache) override {
         const std::lock_guard<std::mutex> lock(mutex_);
         const Gpu::Current current(gpu_);
+        find(cache);
         gpu_.wait();
         caches_.erase(cache);
     }

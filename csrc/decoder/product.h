@@ -63,9 +63,8 @@ struct Product {
     static constexpr int kThreads = kWarps * kWarpSize;
     // Of the L1, a token's kernels want the part that is shared; a prompt's read x many times.
     static constexpr bool kSharedFirst = kTiles == 1;
-    static constexpr int kBlocks = kTiles > 1   ? 1
-                                   : kWarps > 8 ? 1
-                                                : 3;  // of a multiprocessor, at least: what registers must allow
+    // Of a multiprocessor, at least: what registers must allow.
+    static constexpr int kBlocks = kTiles == 1 && kWarps <= 8 ? 3 : 1;
     static constexpr int kPanels = kOutput == Output::qkv || kOutput == Output::gated ? 2 : 1;  // of a block
     static constexpr int kSlices = kWarps / kPanels;                                            // of a panel
     static constexpr int kColumns = kTiles * 8;                                                 // rows of x

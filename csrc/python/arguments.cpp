@@ -19,6 +19,9 @@ int64_t int_of(py::handle value, const ArgName& name) {
 
 double float_of(py::handle value, const ArgName& name) {
     if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+    if (!PyLong_Check(value.ptr()) || PyBool_Check(value.ptr())) {
+        throw ArgumentError(name.text(), type_name(value), "a float");
+    }
     return static_cast<double>(int_of(value, name));
 }
 

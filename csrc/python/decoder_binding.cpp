@@ -14,7 +14,8 @@ namespace biomedgpt::python {
 namespace {
 
 constexpr Expected kFloats{1, "float32 [count], contiguous"};
-constexpr Expected kFloatRows{2, "float32 [rows, width], contiguous, and writeable where it is filled"};
+constexpr Expected kFloatRows{2, "float32 [rows, width], contiguous"};
+constexpr Expected kLogits{2, "float32 [wanted, rows of the head], contiguous and writeable"};
 constexpr Expected kRecords{2, "uint8 [panels, bytes of a panel], contiguous"};
 constexpr Expected kTable{2, "float32, float16 or int8 [vocabulary, hidden], contiguous"};
 constexpr Expected kHeadValues{2, "uint8 [N, groups * group], contiguous"};
@@ -115,7 +116,9 @@ class ModelReader {
         matrix.rows = int_of(given[1], {"rows"});
         matrix.columns = int_of(given[2], {"columns"});
         matrix.group = int_of(given[3], {"group"});
-        matrix.bits = static_cast<int>(int_of(given[4], {"bits"}));
+        const int64_t bits = int_of(given[4], {"bits"});
+        if (bits != 4 && bits != 8) throw ArgumentError("bits", std::to_string(bits), "4 or 8");
+        matrix.bits = static_cast<int>(bits);
         if (!given[5].is_none()) matrix.bias = floats(given[5], "bias", matrix.rows);
         return matrix;
     }
@@ -136,24 +139,30 @@ class ModelReader {
     std::deque<Array> tables_;
 };
 
-std::vector<int64_t> ints_of(const py::list& values, const char* name) {
+py::list list_of(const py::object& value, const char* name) {
+    if (!PyList_Check(value.ptr())) throw ArgumentError(name, type_name(value), "a list");
+    return py::reinterpret_borrow<py::list>(value);
+}
+
+std::vector<int64_t> ints_of(const py::object& given, const char* name) {
+    const py::list values = list_of(given, name);
     std::vector<int64_t> ints;
     for (const py::handle value : values) ints.push_back(int_of(value, {name}));
     return ints;
 }
 
-std::vector<Choice> choices_of(const py::list& values) {
+std::vector<Choice> choices_of(const py::object& given) {
+    const py::list values = list_of(given, "choices");
     std::vector<Choice> choices;
     for (const py::handle value : values) {
         if (!PyTuple_Check(value.ptr()) || PyTuple_GET_SIZE(value.ptr()) != 4) {
             throw ArgumentError("choices", type_name(value), "(inverse_temperature, top_k, top_p, uniform)");
         }
-        const auto given = py::reinterpret_borrow<py::tuple>(value);
-        const int64_t top_k = int_of(given[1], {"top_k"});
+        const auto one = py::reinterpret_borrow<py::tuple>(value);
+        const int64_t top_k = int_of(one[1], {"top_k"});
         if (top_k != static_cast<int32_t>(top_k)) throw ArgumentError("top_k", std::to_string(top_k), "fewer");
-        choices.push_back({static_cast<float>(float_of(given[0], {"inverse_temperature"})), static_cast<int32_t>(top_k),
-                           static_cast<float>(float_of(given[2], {"top_p"})),
-                           static_cast<float>(float_of(given[3], {"uniform"}))});
+        choices.push_back({static_cast<float>(float_of(one[0], {"inverse_temperature"})), static_cast<int32_t>(top_k),
+                           float_of(one[2], {"top_p"}), float_of(one[3], {"uniform"})});
     }
     return choices;
 }
@@ -167,21 +176,22 @@ py::list chosen_to(const std::vector<Chosen>& chosen) {
 // Of a model on a GPU, what calls are checked with.
 class BoundDecoder {
   public:
-    BoundDecoder(DecoderMaker make, const py::dict& given, int64_t capacity) {
+    BoundDecoder(DecoderMaker make, const py::object& given, int64_t capacity) {
+        if (!PyDict_Check(given.ptr())) throw ArgumentError("model", type_name(given), "a dict");
         ModelReader reader;
-        const DecoderModel model = reader.read(given);
+        const DecoderModel model = reader.read(py::reinterpret_borrow<py::dict>(given));
         hidden_ = model.hidden;
         logits_ = model.head.rows;
-        cache_rows_ = 2 * static_cast<int64_t>(model.layers.size()) * model.kv_heads;
         head_size_ = model.head_size;
         const py::gil_scoped_release released;
         decoder_ = make(model, capacity);
+        cache_rows_ = 2 * static_cast<int64_t>(model.layers.size()) * model.kv_heads;  // of a model that was checked
     }
 
     CudaDecoder& decoder() const { return *decoder_; }
 
-    py::list run(const py::list& caches, const py::list& positions, const py::object& x, const py::list& wanted,
-                 const py::object& logits, const py::list& choices) const {
+    py::list run(const py::object& caches, const py::object& positions, const py::object& x, const py::object& wanted,
+                 const py::object& logits, const py::object& choices) const {
         DecoderCall call;
         const auto of_rows = ints_of(caches, "caches"), places = ints_of(positions, "positions");
         if (of_rows.size() != places.size()) {
@@ -193,7 +203,7 @@ class BoundDecoder {
         call.wanted = ints_of(wanted, "wanted");
         call.choices = choices_of(choices);
         if (!logits.is_none()) {
-            const TypedArray& to = kept.emplace_back(logits, "logits", kFloatRows, DType::f32, Use::filled);
+            const TypedArray& to = kept.emplace_back(logits, "logits", kLogits, DType::f32, Use::filled);
             to.require(static_cast<int64_t>(call.wanted.size()), logits_);
             call.logits = to.data<float>();
         }
@@ -206,9 +216,10 @@ class BoundDecoder {
         return chosen_to(chosen);
     }
 
-    py::list run_chain(int64_t cache, int64_t position, int64_t token, const py::list& choices) const {
+    py::list run_chain(const py::object& cache, const py::object& position, const py::object& token,
+                       const py::object& choices) const {
         DecoderChain chain;
-        chain.row = {cache, position, token};
+        chain.row = {int_of(cache, {"cache"}), int_of(position, {"position"}), int_of(token, {"token"})};
         chain.choices = choices_of(choices);
         std::vector<Chosen> chosen(chain.choices.size());
         chain.chosen = chosen.data();
@@ -219,24 +230,28 @@ class BoundDecoder {
         return chosen_to(chosen);
     }
 
-    void read_cache(int64_t cache, const py::object& to) const {
+    void free_cache(const py::object& cache) const { decoder_->free_cache(int_of(cache, {"cache"})); }
+
+    void read_cache(const py::object& cache, const py::object& to) const {
+        const int64_t from = int_of(cache, {"cache"});
         const TypedArray rows(to, "to", kCacheRows, DType::f16, Use::filled);
         const int64_t positions = positions_of(rows);
         const py::gil_scoped_release released;
-        decoder_->read_cache(cache, positions, rows.data<uint16_t>());
+        decoder_->read_cache(from, positions, rows.data<uint16_t>());
     }
 
-    void write_cache(int64_t cache, const py::object& from) const {
+    void write_cache(const py::object& cache, const py::object& from) const {
+        const int64_t to = int_of(cache, {"cache"});
         const TypedArray rows(from, "from", kCacheRows, DType::f16, Use::read);
         const int64_t positions = positions_of(rows);
         const py::gil_scoped_release released;
-        decoder_->write_cache(cache, positions, rows.data<uint16_t>());
+        decoder_->write_cache(to, positions, rows.data<uint16_t>());
     }
 
   private:
     void take_input(const py::object& x, DecoderCall& call, std::deque<TypedArray>& kept) const {
         if (PyList_Check(x.ptr())) {
-            const auto tokens = ints_of(py::reinterpret_borrow<py::list>(x), "tokens");
+            const auto tokens = ints_of(x, "tokens");
             if (tokens.size() != call.rows.size()) {
                 throw ArgumentError("tokens", std::to_string(tokens.size()), std::to_string(call.rows.size()));
             }
@@ -279,6 +294,7 @@ void int8_head_pack(const py::object& records, const py::object& values, const p
     const TypedArray from(values, "values", kHeadValues, DType::u8, Use::read);
     const TypedArray by_group(scales, "scales", kHeadScales, DType::f16, Use::read);
     const int64_t size = int_of(group, {"group"}), rows = by_group.rows();
+    check_int4_shape({1, 1, size});
     const int64_t bytes = int8_head_bytes(rows, by_group.columns() * size, size);
     from.require(rows, by_group.columns() * size);
     const int64_t panels = (rows + kInt4PanelRows - 1) / kInt4PanelRows;
@@ -298,7 +314,7 @@ void bind_head_layout(py::module_& module) {
 
 void bind_decoder(py::module_& module, DecoderMaker make) {
     py::class_<BoundDecoder>(module, "CudaDecoder", kDecoderDoc)
-        .def(py::init([make](const py::dict& model, const py::object& capacity) {
+        .def(py::init([make](const py::object& model, const py::object& capacity) {
                  return std::make_unique<BoundDecoder>(make, model, int_of(capacity, {"capacity"}));
              }),
              py::arg("model"), py::arg("capacity"))
@@ -307,9 +323,7 @@ void bind_decoder(py::module_& module, DecoderMaker make) {
         .def_property_readonly("bytes", [](const BoundDecoder& self) { return self.decoder().bytes(); })
         .def_property_readonly("cache_bytes", [](const BoundDecoder& self) { return self.decoder().cache_bytes(); })
         .def("new_cache", [](const BoundDecoder& self) { return self.decoder().new_cache(); })
-        .def(
-            "free_cache", [](const BoundDecoder& self, int64_t cache) { self.decoder().free_cache(cache); },
-            py::arg("cache"))
+        .def("free_cache", &BoundDecoder::free_cache, py::arg("cache"))
         .def("read_cache", &BoundDecoder::read_cache, py::arg("cache"), py::arg("to"))
         .def("write_cache", &BoundDecoder::write_cache, py::arg("cache"), py::arg("rows"))
         .def("run", &BoundDecoder::run, kRunDoc, py::arg("caches"), py::arg("positions"), py::arg("x"),

@@ -160,6 +160,16 @@ class _MalformedError(Exception):
     """The bytes are no protobuf message."""
 
 
+def inside_tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of tensors that lie in the graph file itself, of one whose header was read; of a name, the last."""
+    found = dict[str, bytes]()
+    for message, data in _messages(memoryview(path.read_bytes()), "Model", 0):
+        if message == "Tensor":
+            raw = [value for number, value in _fields(data) if number == _RAW and isinstance(value, memoryview)]
+            found |= {_last(data, _NAME): bytes(value) for value in raw}
+    return found
+
+
 def _messages(data: memoryview, message: str, depth: int) -> Iterator[tuple[str, memoryview]]:
     """Every node and every tensor, however deep."""
     if depth > _MAX_DEPTH:

@@ -138,9 +138,9 @@ class Sampler:
             return None
         if options.temperature == 0:
             return Choice(0.0, 0, 1.0, 0.0)
-        # In 32 bits, in which the largest numbers below 1 would be 1, and the inverse of small ones infinite.
-        inverse = min(1 / max(options.temperature, _LEAST_TEMPERATURE), 1 / _LEAST_TEMPERATURE)
-        return Choice(inverse, options.top_k, options.top_p, min(self._random.random(), 1 - 2**-24))
+        # In 32 bits, in which the inverse of smaller ones is infinite.
+        inverse = 1 / max(options.temperature, _LEAST_TEMPERATURE)
+        return Choice(inverse, options.top_k, options.top_p, self._random.random())
 
     def take(self, token: int, largest: float) -> int:
         """What a decoder chose, and the largest logit it saw.

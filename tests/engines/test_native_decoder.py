@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from biomedgpt_edge.decoder.kv_cache import KeyValues
 from biomedgpt_edge.decoder.onnx import OnnxDecoder
 from biomedgpt_edge.errors import ClosedError, KernelArgumentError, OptionError, PlatformError, PromptTooLongError
 from biomedgpt_edge.inputs import Molecule
+from biomedgpt_edge.onnx_header import read_header
 from biomedgpt_edge.sampling import GenerationOptions, Sampler
 from biomedgpt_export import synthesize
 from biomedgpt_export.exporter import export_bundle
@@ -424,25 +425,27 @@ class Counting:
         return getattr(self._real, name)
 
 
+def counted(engine: Engine) -> Counting:
+    """What its decoder runs on."""
+    assert isinstance(engine.decoder, NativeDecoder)
+    native = engine.decoder._native
+    assert isinstance(native, Counting)
+    return native
+
+
 @pytest.fixture(scope="module")
-def gpu(emulated_decoder: CudaDecoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Counting]]:
-    """A machine with a GPU, and a build with kernels for it; what was loaded there."""
-    loaded = list[Counting]()
-
-    def load(model: dict[str, Any], capacity: int) -> Counting:
-        loaded.append(Counting(emulated_decoder, model, capacity))
-        return loaded[-1]
-
+def kernels(emulated_decoder: CudaDecoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A machine with a GPU, and a build with kernels for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(_native, "CudaDecoder", load, raising=False)
+        patch.setattr(_native, "CudaDecoder", partial(Counting, emulated_decoder), raising=False)
         patch.setattr(_native, "cuda_compiled", lambda: True)
         patch.setattr(_native, "cuda_device_count", lambda: 1)
-        yield loaded
+        yield
 
 
 @pytest.fixture(scope="module")
-def demo(gpu: list[Counting]) -> Iterator[Engine]:
+def demo(kernels: None) -> Iterator[Engine]:
     """The packaged demo on it."""
     with Engine.load(device="native", threads=1) as engine:
         yield engine
@@ -470,12 +473,10 @@ def test_a_question_is_answered_as_on_the_processor(demo: Engine, processor: Eng
     assert answer.timings.cached_tokens == 16
 
 
-def test_a_conversation_streams_and_takes_over_what_was_computed(
-    demo: Engine, processor: Engine, gpu: list[Counting]
-) -> None:
+def test_a_conversation_streams_and_takes_over_what_was_computed(demo: Engine, processor: Engine) -> None:
     expected = processor.chat()
     expected.ask(SIZE, BENZENE, max_new_tokens=3)
-    chat, native = demo.chat(), gpu[0]
+    chat, native = demo.chat(), counted(demo)
     stream = chat.stream(SIZE, BENZENE, max_new_tokens=3)
     pieces = list(stream)
     assert tuple(piece.token_id for piece in pieces if piece.token_id is not None) == stream.answer.token_ids
@@ -492,20 +493,21 @@ def test_a_conversation_streams_and_takes_over_what_was_computed(
 
 
 def test_an_engine_takes_the_models_context_and_its_encoders_stay_on_the_processor(
-    demo: Engine, processor: Engine, gpu: list[Counting]
+    demo: Engine, processor: Engine
 ) -> None:
-    assert gpu[0].capacity == demo.bundle.manifest.decoder.context
+    assert counted(demo).capacity == demo.bundle.manifest.decoder.context
     assert "csrc/decoder" in demo.decoder.identity
     assert demo._encoders.identity == processor._encoders.identity
     with pytest.raises(PromptTooLongError, match="the model reads"):
         demo.ask(SIZE, ETHANOL, max_new_tokens=demo.bundle.manifest.decoder.context)
 
 
-def test_one_token_is_run_before_loading_ends_where_that_is_asked_for(bundles: Bundles, gpu: list[Counting]) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_one_token_is_run_before_loading_ends_where_that_is_asked_for(bundles: Bundles) -> None:
     for prefault in (False, True):
-        with Engine.load(bundles(PLAIN).path, device="native", threads=1, prefault=prefault):
-            assert gpu[-1].rows == [1] * prefault
-            assert gpu[-1].caches == 0
+        with Engine.load(bundles(PLAIN).path, device="native", threads=1, prefault=prefault) as engine:
+            assert counted(engine).rows == [1] * prefault
+            assert counted(engine).caches == 0
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -564,7 +566,8 @@ def test_options_of_the_processor_are_refused_before_anything_is_loaded(name: st
     assert e.value.remedy == f"Leave {name} out, or use the device cpu."
 
 
-def test_a_portable_bundle_is_refused_with_how_to_lay_it_out(portable_demo: Path, gpu: list[Counting]) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_a_portable_bundle_is_refused_with_how_to_lay_it_out(portable_demo: Path) -> None:
     with pytest.raises(OptionError, match="does not lie in records, which the kernels for GPUs read") as caught:
         Engine.load(portable_demo, device="native")
     assert (caught.value.seen, caught.value.limit) == ("portable", "records-1")
@@ -575,9 +578,30 @@ def test_a_portable_bundle_is_refused_with_how_to_lay_it_out(portable_demo: Path
 def test_a_context_that_the_model_has_not_is_refused(
     bundles: Bundles, emulated_decoder: CudaDecoder, context: int
 ) -> None:
-    with pytest.raises(OptionError, match=r"do not compute the decoder of .*: capacity: got ") as caught:
+    with pytest.raises(OptionError, match=rf"context is {context}\. Leave it out for the model's own") as caught:
         NativeDecoder(bundles(PLAIN), native=emulated_decoder, context=context)
-    assert ("1 to the 2048 positions" in caught.value.message) == (abs(context) < 2**63 and context is not True)
+    assert caught.value.limit == "1 to 2048"
+
+
+def test_a_small_model_whose_norms_lie_in_the_graph_file_is_read_as_well(
+    tiny_bundle: Path, emulated_decoder: CudaDecoder
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    header = read_header(bundle.file(bundle.manifest.decoder.graph))
+    assert "layers.0.input_layernorm.weight" in header.inside
+    decoder, tokens = NativeDecoder(bundle, native=emulated_decoder, context=64), [5, 9, 3, 7]
+    with decoder.open(64) as ours, Engine.load(tiny_bundle, threads=1).decoder.open(64) as theirs:
+        found, expected = ours.steps(tokens).copy(), theirs.steps(tokens)
+    # The processor's activations have eight bits.
+    assert np.abs(found - expected).max() <= 0.04 * np.abs(expected).max()
+
+
+def test_a_bundle_of_other_precision_is_refused_with_the_export_that_helps(
+    tiny_bundle_fp16: Path, emulated_decoder: CudaDecoder
+) -> None:
+    with pytest.raises(OptionError, match=r"\(fp16\) does not lie in records") as caught:
+        NativeDecoder(Bundle.open(tiny_bundle_fp16), native=emulated_decoder)
+    assert "biomedgpt-export bundle --precision int4" in caught.value.remedy
 
 
 class Changed(RoundToNearest):
@@ -843,6 +867,40 @@ def test_the_first_positions_of_a_cache_are_read_and_written(small: Any, sequenc
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("epsilon", [float("nan"), -5.0, 0.0, 1e300, True])
+def test_an_epsilon_that_no_norm_has_is_refused(emulated_decoder: CudaDecoder, epsilon: float) -> None:
+    with pytest.raises(KernelArgumentError, match="epsilon: got "):
+        emulated_decoder(small_model() | {"epsilon": epsilon}, PLACES)
+
+
+def test_bits_are_not_taken_for_their_last_ones(emulated_decoder: CudaDecoder) -> None:
+    model = small_model()
+    head = (*model["head"][:4], 2**32 + 4, None)
+    with pytest.raises(KernelArgumentError, match=r"bits: got 4294967300, expected 4 or 8"):
+        emulated_decoder(model | {"head": head}, PLACES)
+
+
+@pytest.mark.parametrize("cache", [True, 1.0, None, 2**70, 77])
+def test_only_caches_that_are_there_are_taken(small: Any, cache: Any) -> None:
+    rows = np.zeros((2 * 2 * 1, 32), np.float16)
+    for call in (
+        lambda: small.free_cache(cache),
+        lambda: small.read_cache(cache, rows),
+        lambda: small.write_cache(cache, rows),
+        lambda: small.run_chain(cache, 0, 1, [GREEDY]),
+    ):
+        with pytest.raises(KernelArgumentError):
+            call()
+
+
+@pytest.mark.parametrize("given", [None, (), "x", 3])
+def test_what_is_no_list_is_refused_by_its_name(small: Any, sequence: int, given: Any) -> None:
+    with pytest.raises(KernelArgumentError, match=r"choices: got .* expected a list"):
+        small.run([sequence], [0], [1], [0], None, given)
+    with pytest.raises(KernelArgumentError, match=r"caches: got .* expected a list"):
+        small.run(given, [0], [1], [0], None, [GREEDY])
+
+
 @pytest.mark.parametrize("key", small_model())
 def test_a_model_without_an_entry_is_refused_by_its_name(emulated_decoder: CudaDecoder, key: str) -> None:
     model = small_model()
@@ -1034,8 +1092,8 @@ def test_a_call_that_cannot_be_made_is_refused_by_the_arguments_name(
     [
         *((0, value, "inverse_temperature: got ") for value in (-1.0, NAN, INFINITE, 1e39, True, None, "1", 2**70)),
         *((1, value, "top_k: got ") for value in (-1, 2**31, 2**32, -(2**32), 2**70, 1.0, True, None, NAN)),
-        *((2, value, "top_p: got ") for value in (0.0, -0.5, 1.0001, NAN, INFINITE, True, None, 1e-60)),
-        *((3, value, "uniform: got ") for value in (-0.1, 1.0, 1 - 2**-40, NAN, INFINITE, True, None, "0.5")),
+        *((2, value, "top_p: got ") for value in (0.0, -0.5, 1.0001, NAN, INFINITE, True, None)),
+        *((3, value, "uniform: got ") for value in (-0.1, 1.0, NAN, INFINITE, True, None, "0.5")),
     ],
 )
 def test_a_choice_out_of_range_is_refused(fuzzed: Callable[..., None], place: int, value: Any, words: str) -> None:

@@ -16,7 +16,7 @@ from .. import _native
 from ..bundle import Bundle
 from ..errors import KernelArgumentError, OptionError, PlatformError
 from ..manifest import RECORDS, DecoderSpec
-from ..onnx_header import INT4_MATRICES, Product, read_header
+from ..onnx_header import INT4_MATRICES, Product, inside_tensors, read_header
 from ..portable import Sources, group_size_of
 from ..sampling import Choice
 from ..tensor_names import BIAS, INT8_VALUES, ROPE_COS, ROPE_SIN, SCALES, records_name
@@ -27,6 +27,8 @@ from .static_kv import StaticState
 _HEAD, _WEIGHT = "lm_head", ".weight"
 # What else a decoder's graph holds: the axis of a Squeeze.
 _CONSTANTS = frozenset({"axis_0"})
+# As TensorProto.DataType numbers it.
+_FLOAT = 1
 
 _Matrix = tuple[npt.NDArray[np.uint8], int, int, int, int, npt.NDArray[np.float32] | None]
 
@@ -74,6 +76,13 @@ class NativeDecoder:
         self.spec = bundle.manifest.decoder
         self.kv = KvLayout.half_rows(self.spec)
         self.capacity = self.spec.context if context is None else context
+        if isinstance(context, bool) or not 0 < self.capacity <= self.spec.context:
+            raise OptionError(
+                f"context is {context}.",
+                seen=context,
+                limit=f"1 to {self.spec.context}",
+                remedy="Leave it out for the model's own.",
+            )
         model = _Model(bundle).read()
         self._rows = model["head"][1]
         try:
@@ -161,16 +170,21 @@ class _Model:
         self._bundle = bundle
         self._spec: DecoderSpec = bundle.manifest.decoder
         if self._spec.layout != RECORDS:
+            precision = bundle.manifest.precision
+            make = (
+                "relayout B --decoder-layout records --out C" if precision == "int4" else "bundle --precision int4 ..."
+            )
             raise OptionError(
-                f"the decoder of {bundle.path} does not lie in records, which the kernels for GPUs read.",
+                f"the decoder of {bundle.path} ({precision}) does not lie in records, which the kernels for GPUs read.",
                 seen=self._spec.layout,
                 limit=RECORDS,
-                remedy="Make a bundle in records with 'biomedgpt-export relayout B --decoder-layout records --out C', "
-                "or use --device cuda.",
+                remedy=f"Make a bundle in records with 'biomedgpt-export {make}', or use --device cuda.",
             )
         path = bundle.file(self._spec.graph)
         self._header = read_header(path)
         self._sources = Sources(path.parent, self._header)
+        # Small ones, as all but matrices are in small models.
+        self._inside = inside_tensors(path)
         self._products = {product.inputs[1]: product for product in self._header.products}
         self._used = set[str](_CONSTANTS)
 
@@ -216,11 +230,16 @@ class _Model:
         )
 
     def _floats(self, name: str) -> npt.NDArray[np.float32]:
-        stored = self._sources.bytes_of(name)
-        if stored is None or len(stored) % 4:
+        stored = self._bytes(name)
+        if stored is None or self._header.kinds.get(name) != _FLOAT or len(stored) % 4:
             raise _unfit(self._bundle, f"its graph holds no float32 {name}")
-        self._used.add(name)
         return stored.view(np.float32)
+
+    def _bytes(self, name: str) -> npt.NDArray[np.uint8] | None:
+        """Of a tensor, wherever it lies."""
+        self._used.add(name)
+        inside = self._inside.get(name)
+        return self._sources.bytes_of(name) if inside is None else np.frombuffer(inside, np.uint8)
 
     def _matrix(self, *layers: str) -> _Matrix:
         """One linear layer, or several whose panels lie by turns."""
@@ -244,10 +263,9 @@ class _Model:
 
     def _int8_head(self, product: Product) -> _Matrix:
         rows, columns, group = (product.attributes[name] for name in ("N", "K", "block_size"))
-        values, scales = (self._sources.bytes_of(_HEAD + suffix) for suffix in (INT8_VALUES, SCALES))
+        values, scales = (self._bytes(_HEAD + suffix) for suffix in (INT8_VALUES, SCALES))
         if values is None or scales is None or product.attributes.get("bits") != 8:
             raise _unfit(self._bundle, f"its {_HEAD} has no values or scales of eight bits")
-        self._used |= {_HEAD + INT8_VALUES, _HEAD + SCALES}
         records = np.empty(_native.int8_head_shape(rows, columns, group), np.uint8)
         by_row = values.reshape(rows, -1)
         _native.int8_head_pack(records, by_row, scales.view(np.float16).reshape(rows, -1), group)

@@ -92,10 +92,10 @@ class StaticState:
     ) -> None:
         if capacity > runner.capacity:
             raise PromptTooLongError(
-                f"prompt and answer may take {capacity:,} positions; the engines were built for {runner.capacity:,}.",
+                f"prompt and answer may take {capacity:,} positions; KV caches on the GPU have {runner.capacity:,}.",
                 seen=capacity,
                 limit=runner.capacity,
-                remedy="Ask for fewer new tokens, or build engines with a larger --context.",
+                remedy="Ask for fewer new tokens, or give KV caches more (with TensorRT: engines build --context).",
             )
         self._runner = runner
         self._spec = spec
