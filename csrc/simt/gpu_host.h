@@ -36,8 +36,8 @@ class Event {
 
 class Gpu {
   public:
-    // Like a small GPU, so that tests come to the paths for such ones.
-    explicit Gpu(size_t memory = size_t{1} << 30, size_t shared_limit = size_t{99} << 10)
+    // As large as any, for all and for a block, unless a test wants a small one.
+    explicit Gpu(size_t memory = size_t{1} << 30, size_t shared_limit = size_t{227} << 10)
         : memory_(memory), shared_limit_(shared_limit) {}
 
     const std::string& name() const { return name_; }

@@ -10,6 +10,6 @@ namespace biomedgpt {
 // `memory` and `shared_limit` are what the GPU would have, in bytes: of all, and for a block.
 std::unique_ptr<CudaDecoder> make_emulated_decoder(const DecoderModel& model, int64_t capacity,
                                                    size_t memory = size_t{1} << 30,
-                                                   size_t shared_limit = size_t{99} << 10);
+                                                   size_t shared_limit = size_t{227} << 10);
 
 }  // namespace biomedgpt

@@ -125,8 +125,11 @@ GPU_TEST(decoder_takes_a_head_of_eight_bits) {
 #if !defined(__CUDACC__)
 TEST(decoder_on_a_gpu_with_little_memory_for_a_block) {
     // Too little for what is normed beside the rings: the norm is a kernel of its own then.
+    // And for sixteen warps: eight do then.
     const RandomModel model({128, 96, 2, 1, 32, 1, 40, 128, 4, false});
-    check_model(model, make_emulated_decoder(model.view(), 100, size_t{1} << 30, size_t{50} << 10));
+    for (const size_t kilobytes : {64, 99}) {
+        check_model(model, make_emulated_decoder(model.view(), 100, size_t{1} << 30, kilobytes << 10));
+    }
 }
 
 TEST(decoder_refuses_a_gpu_that_is_too_small_before_anything_runs) {

@@ -83,7 +83,7 @@ Numbers product_of(const RandomMatrix& matrix, const Numbers& x) {
     return y;
 }
 
-template <int kBits, int kGroup, int kTiles, Output kOutput>
+template <int kBits, int kGroup, int kTiles, Output kOutput, int kWarps = kBits == 4 ? 8 : 4>
 void check_product(int64_t rows, int64_t columns, int64_t group, int count, bool biased) {
     std::mt19937 random(seed(static_cast<unsigned>(rows + columns + count)));
     RandomMatrix matrix(random, rows, columns, group, kBits);
@@ -96,7 +96,7 @@ void check_product(int64_t rows, int64_t columns, int64_t group, int count, bool
     const std::vector<float> before(static_cast<size_t>(count * rows), kOutput == Output::residual ? 1.5f : NAN);
     const OnGpu<float> sums(gpu, before);
     operands.params.sums = sums.get();
-    launch_product<Product<kBits, kGroup, kTiles, Input::halves, kOutput>>(gpu, operands.params);
+    launch_product<Product<kBits, kGroup, kTiles, Input::halves, kOutput, kWarps>>(gpu, operands.params);
     Numbers expected = product_of(matrix, x);
     if (kOutput == Output::residual) {
         for (double& number : expected) number += 1.5;
@@ -433,6 +433,13 @@ GPU_TEST(product_of_few_rows) {
     }
 }
 
+GPU_TEST(product_by_more_warps) {
+    // Of which some have no record, one or several.
+    check_product<4, 128, 1, Output::residual, 16>(64, 1300, 128, 1, true);
+    check_product<4, 128, 1, Output::residual, 16>(33, 4500, 128, 3, false);
+    check_product<4, 128, 1, Output::residual, 16>(32, 128, 128, 8, false);
+}
+
 GPU_TEST(product_of_eight_bits) {
     for (const int count : {1, 5, 8}) {
         check_product<8, 128, 1, Output::logits>(77, 300, 128, count, false);
@@ -445,6 +452,8 @@ GPU_TEST(product_of_many_rows) {
     check_product<4, 128, 4, Output::residual>(40, 264, 128, 9, true);
     check_product<4, 128, 4, Output::residual>(32, 128, 128, 33, false);
     check_product<4, 128, 8, Output::residual>(64, 1152, 128, 70, false);
+    check_product<4, 128, 6, Output::residual>(40, 300, 128, 94, true);
+    check_product<4, 0, 6, Output::residual>(32, 96, 32, 49, false);
     check_product<4, 0, 8, Output::residual>(50, 160, 32, 128, false);
     check_product<4, 0, 4, Output::residual>(50, 72, 64, 32, false);
 }

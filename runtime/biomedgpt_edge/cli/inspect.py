@@ -9,7 +9,7 @@ from ..bundle import Bundle
 from ..decoder.graph import choose
 from ..engine import DEMO_BUNDLE
 from ..errors import PlatformError
-from ..manifest import DerivedGraph, Manifest
+from ..manifest import RECORDS, DerivedGraph, Manifest
 from .output import policy_lines, printable
 
 
@@ -65,9 +65,11 @@ def _portable(portable: DerivedGraph | None) -> str:
 
 
 def _for_gpus(manifest: Manifest) -> str:
-    """What --device cuda and --device tensorrt run."""
+    """What the devices on a GPU run."""
     decoder = manifest.decoder
-    found = [] if decoder.cuda is None else [f"{decoder.cuda} (--device cuda)"]
+    found = [f"{decoder.graph} (--device native)"] if decoder.layout == RECORDS else []
+    if decoder.cuda is not None:
+        found.append(f"{decoder.cuda} (--device cuda)")
     if decoder.standard is not None:
         parts = (decoder, manifest.molecule_encoder, manifest.protein_encoder)
         size = sum(part.standard.data_size for part in parts if part is not None and part.standard is not None)
