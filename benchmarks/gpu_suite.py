@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,7 +44,11 @@ DEPTHS, PROMPTS, ROWS = (0, 128, 512, 1536), (MOLECULE_POSITIONS, 128, 512), (1,
 # Rows of a prompt in a call.
 CHUNK = 256
 # Steps by name; the device and the build are not to be left out.
-STEPS = ("checks", "tokens", "kernels", "decoder", "torch")
+STEPS = ("checks", "tokens", "kernels", "decoder", "splice", "torch", "torch int4")
+# A GPU is lent for minutes: what is broken in one step must not cost the others.
+_BROKEN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, ImportError)
+# Launches between two events, for what takes microseconds.
+_LAUNCHES = 20
 
 
 class Skip(Exception):
@@ -352,7 +357,40 @@ def median(run: Run, work: Callable[[], None]) -> float:
         begin = time.perf_counter()
         work()
         times.append((time.perf_counter() - begin) * 1e6)
-    return statistics.median(times[1:])
+    return float(statistics.median(times[1:]))
+
+
+def time_splice(run: Run) -> None:
+    """A prompt with a protein of 1,024 residues, by our kernel and by torch in float16."""
+    torch = _cuda_torch(run, "the splice op is not emulated")
+    from torch.nn.functional import embedding, linear
+
+    native_decoder(run)
+    splice = sys.modules["biomedgpt_edge._native"].splice_cuda
+    words, residues, width, hidden = 74, 1024, 2560, FULL.hidden
+
+    def halves(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda", dtype=torch.float16) * 0.05
+
+    table, features, weight = halves(32000, hidden), halves(residues, width), halves(hidden, width)
+    out, bias = halves(words + residues, hidden), torch.zeros(hidden, device="cuda")
+    ids = np.arange(words, dtype=np.int64)
+    on_gpu, half_bias = torch.from_numpy(ids).cuda(), bias.half()
+    segments = (("tokens", 0, ids), ("features", words, features, weight, bias, None))
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def theirs() -> None:
+        out[:words] = embedding(on_gpu, table)
+        out[words:] = linear(features, weight, half_bias)
+
+    moved, operations = 2.0 * (weight.numel() + features.numel() + out.numel()), 2.0 * residues * width * hidden
+    ways: dict[str, Callable[[], object]] = {
+        "splice of 1,024 residues": lambda: splice(out, table, None, segments, stream, True),
+        "torch: the same, float16, eager": theirs,
+        "torch: the same, float16, compiled": torch.compile(theirs, mode="max-autotune-no-cudagraphs"),
+    }
+    for name, work in ways.items():
+        run.figures.append(Figure(name, residues, _by_events(run, work), moved, operations))
 
 
 # --- what else there is -----------------------------------------------------------------------------------------------
@@ -360,10 +398,7 @@ def median(run: Run, work: Callable[[], None]) -> float:
 
 def time_torch(run: Run) -> None:
     """Products of bf16 matrices, which is the limit of prompts; and tokens of the same shape in bf16."""
-    try:
-        import torch
-    except ImportError as error:
-        raise Skip("torch is not installed") from error
+    torch = _torch()
     if not run.dry and not torch.cuda.is_available():
         raise Skip("this torch sees no GPU")
     place = "cpu" if run.dry else "cuda"
@@ -375,6 +410,67 @@ def time_torch(run: Run) -> None:
     for name, step in _torch_tokens(run, place):
         taken = _torch_median(run, step)
         run.figures.append(Figure(f"torch: token at 128, {name}", 1, taken, 4 * weight_bytes(run.shape)))
+
+
+def time_torch_int4(run: Run) -> None:
+    """All products of a token with torch's own int4 weights, and nothing else of it."""
+    torch = _cuda_torch(run, "torch's int4 products need a GPU")
+    shape = run.shape
+    width, ops = shape.heads * shape.head_size, torch.ops.aten
+    sizes = [(3 * width, shape.hidden), (shape.hidden, width), (2 * shape.intermediate, shape.hidden)]
+    sizes.append((shape.hidden, shape.intermediate))
+
+    def packed(rows: int, columns: int) -> tuple[Any, Any, Any]:
+        levels = torch.randint(0, 256, (rows, columns // 2), device="cuda", dtype=torch.uint8)
+        scales = torch.full((columns // shape.group, rows, 2), 0.01, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
+        return x, ops._convert_weight_to_int4pack(levels, 8), scales
+
+    matrices = [packed(*size) for _ in range(shape.layers) for size in sizes] + [packed(shape.vocabulary, shape.hidden)]
+
+    def work() -> None:
+        for x, weight, scales in matrices:
+            ops._weight_int4pack_mm(x, weight, shape.group, scales)
+
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    taken = _torch_median(run, graph.replay)
+    run.figures.append(Figure("torch: products of a token, int4", 1, taken, weight_bytes(shape)))
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise Skip("torch is not installed") from error
+    return torch
+
+
+def _cuda_torch(run: Run, why_not_dry: str) -> Any:
+    if run.dry:
+        raise Skip(why_not_dry)
+    torch = _torch()
+    if not torch.cuda.is_available():
+        raise Skip("this torch sees no GPU")
+    return torch
+
+
+def _by_events(run: Run, work: Callable[[], object]) -> float:
+    """Microseconds of one launch, the median of rounds, by events of torch's stream."""
+    torch = _torch()
+    times = []
+    for _ in range(run.rounds + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(_LAUNCHES):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / _LAUNCHES)
+    return float(statistics.median(times[1:]))
 
 
 def _torch_median(run: Run, work: Callable[[], object]) -> float:
@@ -505,7 +601,9 @@ def _run(run: Run, without: set[str], path: Path | None) -> int:
         "tokens": check_tokens,
         "kernels": time_kernels,
         "decoder": time_decoder,
+        "splice": time_splice,
         "torch": time_torch,
+        "torch int4": time_torch_int4,
     }
     for name, step in steps.items():
         if name in without:
@@ -521,6 +619,9 @@ def _run(run: Run, without: set[str], path: Path | None) -> int:
             run.failed[name] = str(failed)
             if name in ("device", "build"):
                 break
+        except _BROKEN as error:
+            run.failed[name] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
         print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
     add_shares(run)
     print_table(run)
