@@ -48,6 +48,7 @@ struct Attend {
     static constexpr int kLanes = kHeadSize / kOctet;     // of a position
     static constexpr int kTogether = kWarpSize / kLanes;  // positions that a warp has at once
     static constexpr int kGroups = kWarps * kTogether;    // lanes with a softmax of their own
+    static constexpr int kLeast = 64;                     // positions of a split
     static constexpr int kAtOnce = 4;                     // positions that a lane has on their way
     static constexpr int kKeptFloats = kHeadSize + 2;     // sums, most, total
     static constexpr size_t kShared = (size_t{kGroups} * kKeptFloats + 1) * sizeof(float);
@@ -58,20 +59,24 @@ struct Attend {
         simt::wait_for_inputs();
         const int head = simt::block_x(), split = simt::block_y(), row = simt::block_z();
         const RowPlace place = p.places[row];
-        const int length = place.position + 1, each = (length + p.splits - 1) / p.splits;
+        const int length = place.position + 1, worth = (length + kLeast - 1) / kLeast;
+        // A launch has as many splits as long contexts want; of a short one, few are worth joining.
+        const int splits = worth < p.splits ? worth : p.splits;
+        if (split >= splits) return;
+        const int each = (length + splits - 1) / splits;
         const int begin = split * each, end = begin + each < length ? begin + each : length;
         auto* kept = reinterpret_cast<float*>(simt::shared());
         attend(p, place, head, row, begin, end, kept);
         simt::sync_block();
         const int64_t index = int64_t{row} * p.heads + head;
-        if (p.splits == 1) {
+        if (splits == 1) {
             write(p, row, head, kept, kGroups);
             return;
         }
         float* partial = p.partial + index * p.splits * kKeptFloats;
         join(kept, kGroups, partial + split * kKeptFloats);
-        if (!last_to_arrive(p, index, reinterpret_cast<uint32_t*>(kept + kGroups * kKeptFloats))) return;
-        write(p, row, head, partial, p.splits);
+        if (!last_to_arrive(p, index, splits, reinterpret_cast<uint32_t*>(kept + kGroups * kKeptFloats))) return;
+        write(p, row, head, partial, splits);
     }
 
     // Positions `begin` to `end`; each group of lanes leaves what it kept of its own.
@@ -181,7 +186,7 @@ struct Attend {
     }
 
     // Whether the other splits of a head have left what they kept; true for one block of them.
-    BIOMEDGPT_DEVICE static bool last_to_arrive(const Params& p, int64_t index, uint32_t* shown) {
+    BIOMEDGPT_DEVICE static bool last_to_arrive(const Params& p, int64_t index, int splits, uint32_t* shown) {
         simt::sync_block();
         if (simt::thread() == 0) {
             simt::fence();  // what this block kept, before its arrival
@@ -189,7 +194,7 @@ struct Attend {
             simt::fence();  // and what the others kept, behind theirs
         }
         simt::sync_block();
-        if (*shown + 1 != static_cast<uint32_t>(p.splits)) return false;
+        if (*shown + 1 != static_cast<uint32_t>(splits)) return false;
         if (simt::thread() == 0) p.arrived[index] = 0;
         return true;
     }

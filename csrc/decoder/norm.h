@@ -15,6 +15,15 @@ struct NormSource {
     float epsilon = 0;
 };
 
+// Octets of a row that a thread keeps: with 256 threads, a row of 4,096.
+constexpr int kHeld = 2;
+
+BIOMEDGPT_DEVICE void write_normed(float (&values)[kOctet], const float (&gains)[kOctet], float scale, uint16_t* to) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) values[i] *= scale * gains[i];
+    *reinterpret_cast<Quad*>(to) = ordered_halves(values);
+}
+
 // Row `row` of those that are picked, by all threads of a block; columns from `source.columns` to `width` become 0.
 // `scratch` has a float for each warp.
 BIOMEDGPT_DEVICE void normalise(const NormSource& source, int row, uint16_t* out, int width, float* scratch,
@@ -22,8 +31,21 @@ BIOMEDGPT_DEVICE void normalise(const NormSource& source, int row, uint16_t* out
     const int64_t index = source.picked == nullptr ? row : source.picked[row];
     const float* from = source.rows + index * source.columns;
     const int threads = warps * kWarpSize, octets = source.columns / kOctet;
-    float squares = 0;
-    for (int i = simt::thread(); i < octets; i += threads) {
+    // What each thread has first stays in registers, and all of it is asked for at once: a block waits for memory once.
+    float held[kHeld][kOctet] = {}, gains[kHeld][kOctet] = {}, squares = 0;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+        const int i = simt::thread() + j * threads;
+        if (i >= octets) continue;
+        load_octet(from + i * kOctet, held[j]);
+        load_octet(source.gain + i * kOctet, gains[j]);
+    }
+#pragma unroll
+    for (const auto& values : held) {
+#pragma unroll
+        for (const float value : values) squares += value * value;
+    }
+    for (int i = simt::thread() + kHeld * threads; i < octets; i += threads) {
         float values[kOctet];
         load_octet(from + i * kOctet, values);
 #pragma unroll
@@ -31,16 +53,18 @@ BIOMEDGPT_DEVICE void normalise(const NormSource& source, int row, uint16_t* out
     }
     squares = block_sum(squares, scratch, warps);
     const float scale = simt::inverse_sqrt(squares / static_cast<float>(source.columns) + source.epsilon);
-    for (int i = simt::thread(); i < width / kOctet; i += threads) {
-        float values[kOctet] = {};
-        if (i < octets) {
-            float gains[kOctet];
-            load_octet(from + i * kOctet, values);
-            load_octet(source.gain + i * kOctet, gains);
 #pragma unroll
-            for (int j = 0; j < kOctet; ++j) values[j] *= scale * gains[j];
+    for (int j = 0; j < kHeld; ++j) {
+        const int i = simt::thread() + j * threads;
+        if (i < width / kOctet) write_normed(held[j], gains[j], scale, out + i * kOctet);
+    }
+    for (int i = simt::thread() + kHeld * threads; i < width / kOctet; i += threads) {
+        float values[kOctet] = {}, gain[kOctet] = {};
+        if (i < octets) {
+            load_octet(from + i * kOctet, values);
+            load_octet(source.gain + i * kOctet, gain);
         }
-        reinterpret_cast<Quad*>(out)[i] = ordered_halves(values);
+        write_normed(values, gain, scale, out + i * kOctet);
     }
 }
 

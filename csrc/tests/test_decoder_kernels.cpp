@@ -523,6 +523,8 @@ GPU_TEST(attention_of_few_rows) {
     check_attend<64>(4, 2, 16, {5, 130, 0});
     check_attend<64>(2, 1, 3, {64, 65, 66, 67});
     check_attend<32>(3, 1, 7, {99});
+    check_attend<64>(2, 1, 5, {300, 63, 64, 191});
+    check_attend<128>(1, 1, 3, {500});
 }
 
 GPU_TEST(attention_of_a_prompt) {
