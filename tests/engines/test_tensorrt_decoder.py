@@ -186,7 +186,7 @@ def test_keys_and_values_of_another_decoder_are_refused_and_take_no_memory(
 
 def test_what_does_not_fit_is_refused(trt: FakeTensorRt) -> None:
     decoder = decoder_of(load())
-    with pytest.raises(PromptTooLongError, match=f"{CONTEXT + 1:,} positions; the engines were built for {CONTEXT:,}"):
+    with pytest.raises(PromptTooLongError, match=f"{CONTEXT + 1:,} positions; KV caches on the GPU have {CONTEXT:,}"):
         decoder.open(CONTEXT + 1)
     with decoder.open(20) as state:
         with pytest.raises(ValueError, match="21 positions do not fit a KV cache of 20"):

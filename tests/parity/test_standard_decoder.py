@@ -242,7 +242,7 @@ def test_more_positions_than_there_are_in_a_cache_are_refused(built: Builds) -> 
     one = built("plain")
     context = one.case.spec.context
     before = one.runner.caches
-    with pytest.raises(PromptTooLongError, match=f"may take {context + 1} positions; the engines were built for 64"):
+    with pytest.raises(PromptTooLongError, match=f"may take {context + 1} positions; KV caches on the GPU have 64"):
         one.open(context + 1)
     assert one.runner.caches == before
     with one.open(10) as state:
