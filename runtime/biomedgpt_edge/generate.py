@@ -123,6 +123,8 @@ def generate(
                 return
         timings.prefill = time.perf_counter() - clock
         ahead = None if lookup is None else Speculation(state, lookup, options.max_new_tokens - 1)
+        # Asked once: a protocol is compared method by method.
+        chooser = state if ahead is None and isinstance(state, ChoosingState) else None
         token = sampler.choose(logits)
         for index in range(options.max_new_tokens):
             if index == 0:
@@ -136,22 +138,26 @@ def generate(
             if result.cancelled.is_set():
                 return
             if index + 1 < options.max_new_tokens:
-                token = _next(state, ahead, sampler, token, timings)
+                token = _next(state if ahead is None else ahead, chooser, sampler, token, timings)
                 if ahead is not None:
                     timings.drafted, timings.accepted = ahead.drafted, ahead.accepted
 
 
-def _next(state: DecoderState, ahead: Speculation | None, sampler: Sampler, token: int, timings: Timings) -> int:
+def _next(
+    stepping: DecoderState | Speculation, chooser: ChoosingState | None, sampler: Sampler, token: int, timings: Timings
+) -> int:
     """The token behind ``token``: chosen by the state where it can, so that logits stay where they are."""
-    choice = sampler.choice() if ahead is None and isinstance(state, ChoosingState) else None
+    choice = None if chooser is None else sampler.choice()
     clock = time.perf_counter()
-    if choice is not None and isinstance(state, ChoosingState):
-        chosen, largest = state.step_chosen(token, choice)
-    else:
-        logits = state.step(token) if ahead is None else ahead.step(token)
+    if chooser is None or choice is None:
+        logits = stepping.step(token)
+        timings.decode += time.perf_counter() - clock
+        timings.steps += 1
+        return sampler.choose(logits)
+    chosen, largest = chooser.step_chosen(token, choice)
     timings.decode += time.perf_counter() - clock
     timings.steps += 1
-    return sampler.choose(logits) if choice is None else sampler.take(chosen, largest)
+    return sampler.take(chosen, largest)
 
 
 class AnswerText:
