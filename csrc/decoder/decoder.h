@@ -14,6 +14,7 @@
 
 #include "common/dtype.h"
 #include "decoder/choose.h"
+#include "splice/splice.h"
 
 struct CUstream_st;
 
@@ -77,7 +78,7 @@ struct DecoderCall {
     // At most kMaxDecodeRows of any caches, each of whose positions comes once, or at most kMaxPromptRows positions of
     // one, one after the other. Positions before them have been there.
     std::vector<DecoderRow> rows;
-    const float* embeddings = nullptr;  // [rows, hidden]; null for those of the tokens
+    const float* embeddings = nullptr;  // [rows, hidden], of the host or the GPU; null for those of the tokens
     std::vector<int64_t> wanted;        // of the rows: at most kMaxDecodeRows
     float* logits = nullptr;            // [wanted, logits of a row]; may be null where tokens are chosen
     std::vector<Choice> choices;        // of each that is wanted, or empty
@@ -102,10 +103,23 @@ class CudaDecoder {
     virtual size_t bytes() const = 0;      // of the GPU's memory, caches apart
     virtual size_t cache_bytes() const = 0;
 
+    // What everything is put into. Whoever else puts work there does so while no method is called.
+    virtual CUstream_st* stream() const = 0;
+    virtual void wait() = 0;
+    // The device's number; -1 in an emulation, whose memory is the host's.
+    virtual int ordinal() const = 0;
+    // Memory of the GPU, for prompts that are put together there. Throws DeviceError where there is not so much.
+    virtual std::shared_ptr<void> allocate(size_t bytes) = 0;
+    // Between host and GPU, either way, with a wait for its end; and within the GPU, without one.
+    virtual void copy(void* to, const void* from, size_t bytes) = 0;
+    virtual void copy_within(void* to, const void* from, size_t bytes) = 0;
+    // As splice_cuda() on its stream, with its own table in place of that of `args`.
+    virtual void splice(SpliceArgs args, bool allow_16bit) = 0;
+
     // A cache of which no position is there.
     virtual int64_t new_cache() = 0;
     virtual void free_cache(int64_t cache) = 0;  // which has to be there
-    // The first positions, halves [2 * layers, kv_heads, positions, head_size].
+    // The first positions, halves [2 * layers, kv_heads, positions, head_size], of the host or the GPU.
     virtual void read_cache(int64_t cache, int64_t positions, uint16_t* to) = 0;
     virtual void write_cache(int64_t cache, int64_t positions, const uint16_t* from) = 0;
 

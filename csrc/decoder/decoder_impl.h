@@ -21,9 +21,24 @@
 #include "decoder/norm.h"
 #include "decoder/product.h"
 #include "simt/gpu.h"
+#include "splice/splice.h"
+#if defined(__CUDACC__)
+#include "splice/splice_cuda.h"
+#endif
 
 namespace biomedgpt {
 inline namespace BIOMEDGPT_SIMT {
+
+#if defined(__CUDACC__)
+inline void splice_on(const Gpu& gpu, const SpliceArgs& args, bool allow_16bit) {
+    splice_cuda(args, allow_16bit, gpu.stream());
+}
+#else
+// The op has a plan and kernels of its own, which are not emulated.
+inline void splice_on(const Gpu&, const SpliceArgs& args, bool allow_16bit) {
+    biomedgpt::splice(args, {1, allow_16bit});
+}
+#endif
 
 constexpr int kMaxSplits = 16;
 constexpr int kWarps = 8;  // of a block that multiplies
@@ -69,9 +84,56 @@ class DecoderOn final : public CudaDecoder {
                sizeof(uint16_t);
     }
 
+    CUstream_st* stream() const override { return gpu_.stream(); }
+    int ordinal() const override { return gpu_.ordinal(); }
+
+    void wait() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
+        gpu_.wait();
+    }
+
+    std::shared_ptr<void> allocate(size_t bytes) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
+        const size_t free = gpu_.free_memory();
+        if (free < bytes) {
+            throw DeviceError("an array takes " + std::to_string(bytes) + " bytes, and " + std::to_string(free) +
+                              " are free on " + gpu_.name() + ".");
+        }
+        return {gpu_.allocate(std::max<size_t>(bytes, 1), "an array"), &Gpu::release};
+    }
+
+    void copy(void* to, const void* from, size_t bytes) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
+        gpu_.copy(to, from, bytes);
+        gpu_.wait();
+    }
+
+    void copy_within(void* to, const void* from, size_t bytes) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
+        gpu_.copy(to, from, bytes);
+    }
+
+    void splice(SpliceArgs args, bool allow_16bit) override {
+        args.table.rows = {table_.get(), model_.embedding_type, model_.vocabulary, model_.hidden, model_.hidden};
+        args.table.scales = scales_.get();
+        args.table.scale_count = static_cast<int64_t>(scales_.count());
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
+        splice_on(gpu_, args, allow_16bit);
+    }
+
     int64_t new_cache() override {
         const std::lock_guard<std::mutex> lock(mutex_);
         const Gpu::Current current(gpu_);
+        if (spare_.count() > 0) {
+            gpu_.scrap(spare_.get(), spare_.bytes());
+            caches_.emplace(next_cache_, std::move(spare_));
+            return next_cache_++;
+        }
         const size_t free = gpu_.free_memory();
         if (free < cache_bytes()) {
             throw DeviceError("a KV cache of " + std::to_string(capacity_) + " positions takes " +
@@ -87,6 +149,8 @@ class DecoderOn final : public CudaDecoder {
         const Gpu::Current current(gpu_);
         find(cache);
         gpu_.wait();
+        // One waits for the next answer: to give a gigabyte back and take it again costs as much as a token.
+        if (spare_.count() == 0) spare_ = std::move(caches_.find(cache)->second);
         caches_.erase(cache);
     }
 
@@ -540,6 +604,7 @@ class DecoderOn final : public CudaDecoder {
     Pinned<float> host_logits_;
     Pinned<Chosen> host_chosen_;
     std::map<int64_t, Buffer<uint16_t>> caches_;
+    Buffer<uint16_t> spare_;  // of the last cache that was freed
     int64_t next_cache_ = 1;
     std::map<std::pair<int, Wanted>, Graph> graphs_;
     std::optional<Graph> chain_;

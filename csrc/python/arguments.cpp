@@ -41,6 +41,10 @@ std::string_view text_of(py::handle value, const ArgName& name) {
     return {text, static_cast<size_t>(size)};
 }
 
+void require_contiguous(const Array& vector) {
+    if (!vector.contiguous()) vector.refuse(" with a stride of " + std::to_string(vector.stride(0)) + " bytes");
+}
+
 namespace {
 
 // Texts may hold bytes of other libraries, such as the names of their capsules, or be cut within a character.

@@ -17,6 +17,9 @@ bool bool_of(py::handle value, const ArgName& name);
 // Valid as long as `value` is.
 std::string_view text_of(py::handle value, const ArgName& name);
 
+// Throws ArgumentError for an array whose elements are not neighbours.
+void require_contiguous(const Array& vector);
+
 // An array of one type, contiguous and, where it is filled, writeable.
 enum class Use { read, filled };
 

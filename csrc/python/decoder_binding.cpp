@@ -9,6 +9,8 @@
 #include "decoder/head_layout.h"
 #include "int4/int4.h"
 #include "python/arguments.h"
+#include "python/cuda_array.h"
+#include "python/splice_call.h"
 
 namespace biomedgpt::python {
 namespace {
@@ -34,11 +36,20 @@ Raises KernelArgumentError for anything else, PlatformError where there is no GP
 
 constexpr char kRunDoc[] = R"(Appends rows, and returns what was chosen: (token, largest logit) for each of choices.
 
-caches, positions: a list of ints each. x: embeddings float32 [rows, hidden], or a list of tokens. wanted: rows.
+caches, positions: a list of ints each. x: embeddings float32 [rows, hidden], of the host or a CudaArray of this
+decoder; or a list of tokens. wanted: rows.
 logits: float32 [wanted, rows of the head], filled, or None. choices: (inverse_temperature, top_k, top_p, uniform) for
 each that is wanted, or none.)";
 
 constexpr char kChainDoc[] = R"(Appends a token and those that are chosen behind it; returns as many as choices.)";
+
+constexpr char kArrayDoc[] = R"(A CudaArray of shape (rows,) or (rows, columns), float32 or float16, whatever it holds.
+
+Raises PlatformError where the GPU has not so much memory.)";
+
+constexpr char kSpliceDoc[] = R"(As _native.splice_cuda, on the decoder's stream and with its table; returns at once.
+
+out and what features come from: CudaArrays of this decoder, or tensors on its GPU.)";
 
 // Keeps what a model points at alive while it is read.
 class ModelReader {
@@ -190,6 +201,23 @@ class BoundDecoder {
 
     CudaDecoder& decoder() const { return *decoder_; }
 
+    void wait() const {
+        const py::gil_scoped_release released;
+        decoder_->wait();
+    }
+
+    CudaArray array(const py::object& shape, const py::object& dtype) const { return {decoder_, shape, dtype}; }
+
+    void splice(const py::object& out, const py::object& segments, const py::object& allow_16bit) const {
+        const bool rounded = bool_of(allow_16bit, {"allow_16bit"});
+        const int ordinal = decoder_->ordinal();
+        const auto stream = static_cast<int64_t>(reinterpret_cast<intptr_t>(decoder_->stream()));
+        SpliceCall call(out, ordinal < 0 ? Place() : Place{true, stream, ordinal});
+        call.take_segments(segments);
+        const py::gil_scoped_release released;
+        decoder_->splice(call.args(), rounded);
+    }
+
     py::list run(const py::object& caches, const py::object& positions, const py::object& x, const py::object& wanted,
                  const py::object& logits, const py::object& choices) const {
         DecoderCall call;
@@ -242,6 +270,17 @@ class BoundDecoder {
 
     void write_cache(const py::object& cache, const py::object& from) const {
         const int64_t to = int_of(cache, {"cache"});
+        if (py::isinstance<CudaArray>(from)) {
+            const auto& there = py::cast<const CudaArray&>(from);
+            const int64_t positions = there.shape(1) / head_size_;
+            const bool fits = there.dtype() == DType::f16 && there.rank() == 2 && there.is_of(*decoder_) &&
+                              there.shape(0) == cache_rows_ && there.shape(1) == positions * head_size_ &&
+                              positions <= decoder_->capacity();
+            if (!fits) throw ArgumentError("rows", there.text(), kCacheRows.text);
+            const py::gil_scoped_release released;
+            decoder_->write_cache(to, positions, reinterpret_cast<const uint16_t*>(there.data()));
+            return;
+        }
         const TypedArray rows(from, "from", kCacheRows, DType::f16, Use::read);
         const int64_t positions = positions_of(rows);
         const py::gil_scoped_release released;
@@ -256,6 +295,18 @@ class BoundDecoder {
                 throw ArgumentError("tokens", std::to_string(tokens.size()), std::to_string(call.rows.size()));
             }
             for (size_t i = 0; i < tokens.size(); ++i) call.rows[i].token = tokens[i];
+            return;
+        }
+        if (py::isinstance<CudaArray>(x)) {
+            const auto& rows = py::cast<const CudaArray&>(x);
+            const bool fits = rows.dtype() == DType::f32 && rows.rank() == 2 && rows.is_of(*decoder_) &&
+                              rows.shape(0) == static_cast<int64_t>(call.rows.size()) && rows.shape(1) == hidden_;
+            if (!fits) {
+                throw ArgumentError("x", rows.text(),
+                                    "float32 [" + std::to_string(call.rows.size()) + ", " + std::to_string(hidden_) +
+                                        "] of this decoder");
+            }
+            call.embeddings = reinterpret_cast<const float*>(rows.data());
             return;
         }
         const TypedArray& embeddings = kept.emplace_back(x, "x", kFloatRows, DType::f32, Use::read);
@@ -273,7 +324,7 @@ class BoundDecoder {
         return positions;
     }
 
-    std::unique_ptr<CudaDecoder> decoder_;
+    std::shared_ptr<CudaDecoder> decoder_;  // and of its arrays
     int64_t hidden_ = 0, logits_ = 0, cache_rows_ = 0, head_size_ = 0;
 };
 
@@ -313,6 +364,7 @@ void bind_head_layout(py::module_& module) {
 }
 
 void bind_decoder(py::module_& module, DecoderMaker make) {
+    bind_cuda_array(module);
     py::class_<BoundDecoder>(module, "CudaDecoder", kDecoderDoc)
         .def(py::init([make](const py::object& model, const py::object& capacity) {
                  return std::make_unique<BoundDecoder>(make, model, int_of(capacity, {"capacity"}));
@@ -322,6 +374,13 @@ void bind_decoder(py::module_& module, DecoderMaker make) {
         .def_property_readonly("capacity", [](const BoundDecoder& self) { return self.decoder().capacity(); })
         .def_property_readonly("bytes", [](const BoundDecoder& self) { return self.decoder().bytes(); })
         .def_property_readonly("cache_bytes", [](const BoundDecoder& self) { return self.decoder().cache_bytes(); })
+        .def_property_readonly("stream",
+                               [](const BoundDecoder& self) {
+                                   return static_cast<int64_t>(reinterpret_cast<intptr_t>(self.decoder().stream()));
+                               })
+        .def("wait", &BoundDecoder::wait)
+        .def("array", &BoundDecoder::array, kArrayDoc, py::arg("shape"), py::arg("dtype"))
+        .def("splice", &BoundDecoder::splice, kSpliceDoc, py::arg("out"), py::arg("segments"), py::arg("allow_16bit"))
         .def("new_cache", [](const BoundDecoder& self) { return self.decoder().new_cache(); })
         .def("free_cache", &BoundDecoder::free_cache, py::arg("cache"))
         .def("read_cache", &BoundDecoder::read_cache, py::arg("cache"), py::arg("to"))

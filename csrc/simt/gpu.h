@@ -19,7 +19,10 @@ class Buffer {
     Buffer() = default;
     Buffer(Gpu& gpu, size_t count, const std::string& what)
         : data_(static_cast<T*>(gpu.allocate(count * sizeof(T), what))), count_(count) {}
-    Buffer(Buffer&& other) noexcept : data_(other.data_), count_(other.count_) { other.data_ = nullptr; }
+    Buffer(Buffer&& other) noexcept : data_(other.data_), count_(other.count_) {
+        other.data_ = nullptr;
+        other.count_ = 0;
+    }
     Buffer& operator=(Buffer&& other) noexcept {
         std::swap(data_, other.data_);
         std::swap(count_, other.count_);

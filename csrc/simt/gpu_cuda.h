@@ -92,6 +92,7 @@ class Gpu {
     int multiprocessors() const { return multiprocessors_; }
     size_t shared_limit() const { return shared_limit_; }
     cudaStream_t stream() const { return stream_; }
+    int ordinal() const { return device_; }
 
     size_t free_memory() const {
         size_t free = 0, total = 0;
@@ -121,6 +122,8 @@ class Gpu {
     void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
         require(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, cudaMemcpyDefault, stream_), "a copy");
     }
+    // What it held means nothing from now on: to nobody here, but the emulation looks who reads it.
+    void scrap(void*, size_t) {}
     void clear(void* memory, size_t bytes) { require(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory"); }
     void record(Event& event) { event.record(stream_); }
     void wait() { require(cudaStreamSynchronize(stream_), "what was put into the stream"); }

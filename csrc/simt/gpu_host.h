@@ -12,6 +12,8 @@
 #include "common/error.h"
 #include "simt/simt.h"
 
+struct CUstream_st;
+
 namespace biomedgpt {
 inline namespace on_host {
 
@@ -44,6 +46,8 @@ class Gpu {
     int multiprocessors() const { return 4; }
     size_t shared_limit() const { return shared_limit_; }
     size_t free_memory() const { return memory_; }
+    CUstream_st* stream() const { return nullptr; }
+    int ordinal() const { return -1; }
 
     void* allocate(size_t bytes, const std::string& what) {
         // cudaMalloc's addresses are multiples of 256. Not a byte more than asked for: sanitizers watch the end.
@@ -67,6 +71,10 @@ class Gpu {
                             width);
             }
         });
+    }
+    // What it held means nothing from now on.
+    void scrap(void* memory, size_t bytes) {
+        put([=] { std::memset(memory, 0xff, bytes); });
     }
     void clear(void* memory, size_t bytes) {
         put([=] { std::memset(memory, 0, bytes); });

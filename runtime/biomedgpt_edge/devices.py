@@ -12,11 +12,15 @@ from .decoder.graph import Choice, choose, decoder_graph
 from .decoder.kv_cache import KvElement
 from .decoder.onnx import OnnxDecoder
 from .device_cache import Verify
+from .embedding import Embedder
 from .encoders import Encoders
 from .errors import OptionError
 
 DeviceName = Literal["cpu", "native", "cuda", "tensorrt"]
 DEVICES: tuple[DeviceName, ...] = get_args(DeviceName)
+# Of the device "native": "auto" is "cuda" where the installed ONNX Runtime has that provider, and the bundle graphs.
+EncodersWanted = Literal["auto", "cpu", "cuda"]
+ENCODERS: tuple[EncodersWanted, ...] = get_args(EncodersWanted)
 _log = logging.getLogger(__name__)
 
 
@@ -25,15 +29,17 @@ class Used:
     """What an engine computes with.
 
     Attributes:
+        embedder: where the decoder wants its prompts; None for this machine's memory.
         context: positions of prompt and answer that it takes, where it takes fewer than the model.
     """
 
     decoder: Decoder
     encoders: Encoders
+    embedder: Embedder | None = None
     context: int | None = None
 
 
-def require_options(device: str, **only_on_cpu: object) -> None:
+def require_options(device: str, encoders: str, **only_on_cpu: object) -> None:
     """Refuses a device that there is none of, and options that would be ignored on the one that is asked for.
 
     Raises:
@@ -45,6 +51,19 @@ def require_options(device: str, **only_on_cpu: object) -> None:
             seen=str(device)[:40],
             limit=", ".join(DEVICES),
             remedy=f"Give one of {', '.join(DEVICES)}.",
+        )
+    if encoders not in ENCODERS:
+        raise OptionError(
+            f"encoders is {str(encoders)[:40]!r}.",
+            seen=str(encoders)[:40],
+            limit=", ".join(ENCODERS),
+            remedy=f"Give one of {', '.join(ENCODERS)}.",
+        )
+    if encoders != "auto" and device != "native":
+        raise OptionError(
+            f"encoders is {encoders!r}, and device is {device!r}, whose encoders run where its decoder does.",
+            seen=encoders,
+            remedy="Leave encoders out, or use the device native.",
         )
     if device == "cpu":
         return
@@ -68,7 +87,9 @@ def load_cpu(bundle: Bundle, *, threads: int, choice: Choice, verify: Verify, kv
     return Used(decoder, Encoders(bundle, threads=threads, choice=choice, verify=verify))
 
 
-def load_gpu(bundle: Bundle, device: DeviceName, *, threads: int, verify: Verify) -> Used:
+def load_gpu(
+    bundle: Bundle, device: DeviceName, *, threads: int, verify: Verify, encoders: EncodersWanted, allow_16bit: bool
+) -> Used:
     """On the GPU. What TensorRT needs and is not there yet is built.
 
     Raises:
@@ -76,11 +97,7 @@ def load_gpu(bundle: Bundle, device: DeviceName, *, threads: int, verify: Verify
         OptionError: the bundle has no graphs for it.
     """
     if device == "native":
-        from .decoder.cuda import NativeDecoder
-
-        # Encoders stay on the processor: what they read is short, and nothing else has to be installed.
-        encoders = Encoders(bundle, threads=threads, choice=choose(bundle), verify=verify)
-        return Used(NativeDecoder(bundle), encoders)
+        return _load_native(bundle, threads=threads, verify=verify, encoders=encoders, allow_16bit=allow_16bit)
     if device == "cuda":
         from .decoder.onnx_cuda import CudaDecoder
         from .encoders_gpu import CudaEncoders
@@ -101,5 +118,24 @@ def load_gpu(bundle: Bundle, device: DeviceName, *, threads: int, verify: Verify
     if context is not None:
         plan = plan_engines(bundle, target, context)
     engines = engines_for(plan, verify, lambda line: _log.info("%s", line))
-    encoders = TensorRtEncoders(bundle, plan, engines, threads=threads)
-    return Used(TensorRtDecoder(bundle, plan, engines), encoders, plan.context)
+    reading = TensorRtEncoders(bundle, plan, engines, threads=threads)
+    return Used(TensorRtDecoder(bundle, plan, engines), reading, context=plan.context)
+
+
+def _load_native(bundle: Bundle, *, threads: int, verify: Verify, encoders: EncodersWanted, allow_16bit: bool) -> Used:
+    from .decoder.cuda import NativeDecoder, require_gpu
+    from .embedding_gpu import GpuEmbedder
+    from .encoders_gpu import NativeEncoders
+    from .ort_cuda import has_provider, require_cuda
+
+    require_gpu()
+    protein = bundle.manifest.protein_encoder
+    possible = has_provider() and (protein is None or protein.cuda is not None)
+    on_gpu = encoders == "cuda" or (encoders == "auto" and possible)
+    if on_gpu:
+        require_cuda()
+    decoder = NativeDecoder(bundle)
+    embedder = GpuEmbedder(decoder, allow_16bit=allow_16bit)
+    if on_gpu:
+        return Used(decoder, NativeEncoders(bundle, decoder, threads=threads, verify=verify), embedder)
+    return Used(decoder, Encoders(bundle, threads=threads, choice=choose(bundle), verify=verify), embedder)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ._native import CudaArray
 from .bundle import Bundle
 from .decoder.graph import Choice, choose, protein_encoder_graph
 from .device_cache import Verify
@@ -20,7 +21,8 @@ from .molecule_graph import BOND_DIRECTIONS, BOND_TYPES, dense
 from .ort_session import Signature, identity, open_session, running
 from .protein_tokens import residue_ids
 
-Features = npt.NDArray[np.float32]
+# Of this machine or, where they are made for our own decoder on a GPU, on that.
+Features = npt.NDArray[np.float32] | CudaArray
 # Graph inputs by name -> features, float32 [soft tokens, encoder width].
 Run = Callable[[Mapping[str, npt.NDArray[Any]]], Features]
 
@@ -124,7 +126,7 @@ class Encoders:
             outputs=outputs,
             register=register_int4_ops if graph.layout == RECORDS else None,
         )
-        return lambda feeds: _run(session, "the protein encoder", "residue_features", feeds)[0]
+        return lambda feeds: _run(session, "the protein encoder", "residue_features", feeds)
 
 
 def molecule_signature(spec: MoleculeEncoderSpec) -> tuple[Signature, Signature]:
@@ -147,4 +149,10 @@ def protein_signature(spec: ProteinEncoderSpec) -> tuple[Signature, Signature]:
 def _run(session: Any, what: str, output: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Features:
     with running(what):
         (features,) = session.run([output], dict(feeds))
-    return np.ascontiguousarray(features)
+    return by_token(features)
+
+
+def by_token(features: Any) -> npt.NDArray[np.float32]:
+    """What a graph gives, as ``[soft tokens, width]``: that of a protein encoder has a batch of one."""
+    array: npt.NDArray[np.float32] = np.ascontiguousarray(features)
+    return array.reshape(-1, array.shape[-1])

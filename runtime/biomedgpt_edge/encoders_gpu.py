@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from ._native import CudaArray
 from .bundle import Bundle
 from .cuda import Stream
+from .decoder.cuda import NativeDecoder
 from .decoder.onnx_cuda import cuda_graph
 from .device_cache import Verify
-from .encoders import Encoders, Features, Run, molecule_signature, protein_signature
+from .encoders import Encoders, Features, Run, by_token, molecule_signature, protein_signature
 from .errors import PromptTooLongError
 from .manifest import Manifest
-from .ort_cuda import PROVIDER, open_cuda_session
+from .ort_cuda import GPU, PROVIDER, open_cuda_session
 from .ort_session import Signature, running
 from .portable import of_protein_encoder
 from .tensorrt.build import Part, Plan
@@ -38,26 +41,56 @@ class CudaEncoders(Encoders):
         spec = self._bundle.manifest.molecule_encoder
         if spec is None:
             raise TypeError("a molecule passed the check of a bundle without an encoder for them")
-        return self._opened(self._bundle.file(spec.graph), molecule_signature(spec), "atom_features")
+        return self._opened(self._bundle.file(spec.graph), molecule_signature(spec), "atom_type", "atom_features")
 
     def _open_protein(self) -> Run:
         spec = self._bundle.manifest.protein_encoder
         if spec is None:
             raise TypeError("a protein passed the check of a bundle without an encoder for them")
         path = cuda_graph(self._bundle, spec, of_protein_encoder(self._bundle), self._verify)
-        run = self._opened(path, protein_signature(spec), "residue_features")
-        return lambda feeds: run(feeds)[0]
+        return self._opened(path, protein_signature(spec), "residue_ids", "residue_features")
 
-    def _opened(self, path: Any, signature: tuple[Signature, Signature], output: str) -> Run:
+    def _opened(self, path: Path, signature: tuple[Signature, Signature], counted: str, output: str) -> Run:
+        """Runs the graph at ``path``; ``counted`` is an input whose last axis has as many as there are soft tokens."""
         # The stream lives as long as the session that was told of it.
         stream = Stream()
-        session = open_cuda_session(path, inputs=signature[0], outputs=signature[1], stream=stream)
+        session = open_cuda_session(path, inputs=signature[0], outputs=signature[1], stream=stream.handle)
 
         def run(feeds: Feeds) -> Features:
             with running(path.name):
                 (features,) = session.run([output], dict(feeds))
             stream.wait()
-            return np.ascontiguousarray(features)
+            return by_token(features)
+
+        return run
+
+
+class NativeEncoders(CudaEncoders):
+    """The same on the stream of our own decoder, whose prompts they are for: features stay on the GPU."""
+
+    def __init__(self, bundle: Bundle, decoder: NativeDecoder, *, threads: int, verify: Verify) -> None:
+        super().__init__(bundle, threads=threads, verify=verify)
+        self._decoder = decoder
+
+    def _opened(self, path: Path, signature: tuple[Signature, Signature], counted: str, output: str) -> Run:
+        decoder = self._decoder
+        session = open_cuda_session(path, inputs=signature[0], outputs=signature[1], stream=decoder.stream)
+        options = ort.RunOptions()
+        # Who reads the features is in the same stream.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        *outer, _, width = signature[1][output][1]
+        if width is None:
+            raise TypeError(f"{output} has no fixed width")
+
+        def run(feeds: Feeds) -> CudaArray:
+            binding = session.io_binding()
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            features = decoder.array((feeds[counted].shape[-1], width))
+            binding.bind_output(output, *GPU, np.float32, [*outer, *features.shape], features.pointer)
+            with decoder.lock, running(path.name):
+                session.run_with_iobinding(binding, options)
+            return features
 
         return run
 
@@ -88,8 +121,7 @@ class TensorRtEncoders(Encoders):
         def run(feeds: Feeds) -> Features:
             length = feeds["residue_ids"].shape[1]
             inputs = {**feeds, "position_ids": np.arange(length, dtype=np.int64)[np.newaxis]}
-            found: Features = self._features(session, part, length, inputs, "residue_features", (1, length, width))[0]
-            return found
+            return by_token(self._features(session, part, length, inputs, "residue_features", (1, length, width)))
 
         return run
 

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,8 @@ from .decoder.base import Decoder, Logits
 from .decoder.graph import Wanted, choose
 from .decoder.kv_cache import KvElement, kv_layout
 from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
-from .devices import DeviceName, load_cpu, load_gpu, require_options
+from .devices import DeviceName, EncodersWanted, load_cpu, load_gpu, require_options
+from .embedding import Embedder, HostEmbedder, Rows
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
 from .generate import AnswerText, Finish, Generation, Opening, Timings, generate, prefill
@@ -32,7 +33,7 @@ from .prompt import Input, MoleculeSegment, Prompt, ProteinSegment, Segment, Tok
 from .sampling import GenerationOptions, OptionArguments
 from .soft_tokens import CACHE_BYTES, SoftTokenCache
 from .speculation import PromptLookup
-from .splice import FeaturePart, Projection, TokenPart, splice
+from .splice import FeaturePart, Projection, TokenPart
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +51,7 @@ class PreparedPrompt:
     Attributes:
         segments: text, molecules and proteins in order.
         token_ids: int64 ``[T]``, -1 at soft tokens.
-        embeddings: float32 ``[T, hidden]``.
+        embeddings: float32 ``[T, hidden]``; while an answer is made, where the decoder reads them.
         text: the prompt for people, with placeholders.
         notes: what was changed on the way here.
         timings: the stages done so far.
@@ -58,7 +59,7 @@ class PreparedPrompt:
 
     segments: tuple[Segment, ...]
     token_ids: npt.NDArray[np.int64]
-    embeddings: npt.NDArray[np.float32]
+    embeddings: Rows
     text: str
     notes: tuple[str, ...]
     timings: Timings
@@ -175,6 +176,7 @@ class Engine:
         *,
         threads: int,
         encoders: Encoders | None = None,
+        embedder: Embedder | None = None,
         allow_16bit: bool | None = None,
         prefix_folder: ArrayFolder | None = None,
         soft_token_folder: ArrayFolder | None = None,
@@ -183,14 +185,16 @@ class Engine:
         memory_limited: bool = False,
     ) -> None:
         self.bundle = bundle
-        # Bundles that store 16 or 4 bits have nothing to lose by 16-bit operands; a fp32 one stays what was exported.
-        self._allow_16bit = bundle.manifest.precision != "fp32" if allow_16bit is None else allow_16bit
+        rounded = _allowed_16bit(bundle, allow_16bit)
         self._prefixes: TemplatePrefixes | None = TemplatePrefixes(decoder, bundle, prefix_folder)
         self._prefix_folder = prefix_folder
         self._encoders = Encoders(bundle, threads=threads) if encoders is None else encoders
-        bits = f"{bundle.digest}, {self._encoders.identity}, 16 bits: {self._allow_16bit}, {threads} threads"
-        self._soft_tokens = SoftTokenCache(CACHE_BYTES, folder=soft_token_folder, identity=bits)
-        self._threads = threads
+        if embedder is None:
+            embedder = HostEmbedder(bundle.embeddings, threads=threads, allow_16bit=rounded)
+        self._embedder: Embedder = embedder
+        where = "" if isinstance(embedder, HostEmbedder) else f", {type(embedder).__name__}"
+        bits = f"{bundle.digest}, {self._encoders.identity}, 16 bits: {rounded}, {threads} threads{where}"
+        self._soft_tokens = SoftTokenCache(CACHE_BYTES, embedder, folder=soft_token_folder, identity=bits)
         self._low_memory = low_memory
         self._memory_limited = memory_limited
         self._context = bundle.manifest.decoder.context if context is None else context
@@ -202,6 +206,7 @@ class Engine:
         path: str | Path | None = None,
         *,
         device: DeviceName = "cpu",
+        encoders: EncodersWanted = "auto",
         threads: int | None = None,
         verify: Verify = "once",
         decoder: Wanted = "auto",
@@ -216,10 +221,13 @@ class Engine:
 
         Args:
             path: the bundle's folder; left out, the packaged demo bundle.
-            device: "cpu"; or of the first NVIDIA GPU "native", our own kernels for the decoder, encoders on the
-                processor; "cuda", ONNX Runtime; or "tensorrt", engines that were built for that GPU with
-                'biomedgpt-edge engines build', or are built now. Nothing falls back to another one. On a GPU,
-                activations and KV cache have 16 bits, and ``decoder``, ``kv_cache`` and ``memory_limit`` do not apply.
+            device: "cpu"; or of the first NVIDIA GPU "native", our own kernels; "cuda", ONNX Runtime; or "tensorrt",
+                engines that were built for that GPU with 'biomedgpt-edge engines build', or are built now. Nothing
+                falls back to another one. On a GPU, activations and KV cache have 16 bits, and ``decoder``,
+                ``kv_cache`` and ``memory_limit`` do not apply.
+            encoders: what reads molecules and proteins for the device "native": "cuda", ONNX Runtime's CUDA provider,
+                which takes the encoders' weights in the GPU's memory; "cpu", this machine's processor; "auto", the
+                first where the installed ONNX Runtime has that provider.
             threads: processor threads to use; left out, as many as this process may run on.
             verify: "once" hashes every file the first time and again when one was replaced, "full" always, "sizes"
                 never (manifest, sizes and headers are checked in any case).
@@ -245,7 +253,7 @@ class Engine:
         Raises:
             BundleError: the bundle cannot be opened; see :meth:`Bundle.open`.
             OptionError: ``threads``, ``verify`` or ``memory_limit`` is out of range, or the bundle has no such
-                ``decoder``, or that no such ``kv_cache``, or nothing for this ``device``.
+                ``decoder``, or that no such ``kv_cache``, or nothing for this ``device``, or that takes no such option.
             PlatformError: the decoder cannot be used here, or not be derived; or the device misses something: named.
             MemoryLimitError: ``memory_limit`` holds no model and answer.
         """
@@ -256,7 +264,7 @@ class Engine:
             raise OptionError(f"verify is {verify!r}.", remedy="Give 'once', 'full' or 'sizes'.")
         limit = None if memory_limit is None else parse_size(memory_limit)
         bundle = Bundle.open(DEMO_BUNDLE if path is None else path)
-        require_options(device, decoder=decoder, kv_cache=kv_cache, memory_limit=memory_limit)
+        require_options(device, encoders, decoder=decoder, kv_cache=kv_cache, memory_limit=memory_limit)
         choice = choose(bundle, decoder) if device == "cpu" else None
         context = None
         if limit is not None and choice is not None:
@@ -269,7 +277,8 @@ class Engine:
         if choice is not None:
             used = load_cpu(bundle, threads=count, choice=choice, verify=verify, kv_cache=kv_cache)
         else:
-            used = load_gpu(bundle, device, threads=count, verify=verify)
+            rounded = _allowed_16bit(bundle, allow_16bit)
+            used = load_gpu(bundle, device, threads=count, verify=verify, encoders=encoders, allow_16bit=rounded)
         loaded = used.decoder
         if prefault:
             with loaded.open(1) as state:
@@ -279,6 +288,7 @@ class Engine:
             loaded,
             threads=count,
             encoders=used.encoders,
+            embedder=used.embedder,
             allow_16bit=allow_16bit,
             prefix_folder=ArrayFolder(PREFIXES, _PREFIX_FOLDER_BYTES),
             soft_token_folder=ArrayFolder(SOFT_TOKENS, _SOFT_TOKEN_FOLDER_BYTES) if keep_soft_tokens else None,
@@ -318,7 +328,7 @@ class Engine:
 
     def prepare(self, question: str, *inputs: Input, raw: bool = False) -> PreparedPrompt:
         """The prompt that :meth:`ask` would give to the decoder, for looking at or for :meth:`first_logits`."""
-        return self._prepare([Turn(question, _checked(inputs))], raw, new_tokens=0)
+        return self._shown([Turn(question, _checked(inputs))], raw)
 
     def first_logits(self, prompt: PreparedPrompt) -> Logits:
         """Logits of the first answer token, float32 ``[vocabulary rows]``, the row of ``[PAD]`` included."""
@@ -398,7 +408,7 @@ class Engine:
         if rest:
             yield Piece(rest, None)
 
-    def _prepare(self, turns: list[Turn], raw: bool, new_tokens: int) -> PreparedPrompt:
+    def _prepare(self, turns: list[Turn], raw: bool, new_tokens: int, *, waiting: bool = False) -> PreparedPrompt:
         started = time.perf_counter()
         self._loaded()
         prompt = build_prompt(self.bundle.manifest.prompt, turns, self.bundle.tokenizer, raw=raw)
@@ -409,34 +419,40 @@ class Engine:
         featurized = sum(item.featurize_seconds for item in turns[-1].inputs)
         timings = Timings(featurize=featurized, prompt_tokens=len(prompt))
         clock = time.perf_counter()
-        embeddings = np.empty((len(prompt), self.bundle.manifest.decoder.hidden_size), np.float32)
+        embeddings = self._embedder.new(len(prompt))
         ends = np.cumsum([len(segment) for segment in prompt.segments])
         for segment, end in zip(prompt.segments, ends.tolist(), strict=True):
-            self._write(segment, embeddings[end - len(segment) : end], timings)
+            self._write(segment, embeddings[end - len(segment) : end], timings, waiting)
+        if waiting:
+            self._embedder.wait()
         if self._low_memory:
             self._encoders.release()
         timings.splice = time.perf_counter() - clock - timings.encode
         timings.prepare = time.perf_counter() - started
         return PreparedPrompt(prompt.segments, prompt.token_ids, embeddings, prompt.text, prompt.notes, timings)
 
-    def _write(self, segment: Segment, rows: npt.NDArray[np.float32], timings: Timings) -> None:
-        """Writes a segment's embeddings into ``rows`` [positions, hidden]."""
+    def _write(self, segment: Segment, rows: Rows, timings: Timings, waiting: bool) -> None:
+        """Writes a segment's embeddings into ``rows`` [positions, hidden]; ``waiting`` for the encoder's end."""
         if isinstance(segment, TokenSegment):
-            self._splice(TokenPart(segment.ids), rows)
+            self._embedder.write(TokenPart(segment.ids), rows)
             return
         known = self._soft_tokens.get(segment.content, rows.shape)
         if known is not None:
-            rows[:] = known
+            self._embedder.fill(rows, known)
             return
         item: Input = segment.molecule if isinstance(segment, MoleculeSegment) else segment.protein
         clock = time.perf_counter()
         features = self._encoders.encode(item)
+        if waiting:
+            self._embedder.wait()
         timings.encode += time.perf_counter() - clock
-        self._splice(FeaturePart(features, self._projection(item)), rows)
-        self._soft_tokens.put(segment.content, rows.copy())
+        self._embedder.write(FeaturePart(features, self._projection(item)), rows)
+        self._soft_tokens.put(segment.content, rows)
 
-    def _splice(self, part: TokenPart | FeaturePart, rows: npt.NDArray[np.float32]) -> None:
-        splice([part], self.bundle.embeddings, threads=self._threads, out=rows, allow_16bit=self._allow_16bit)
+    def _shown(self, turns: list[Turn], raw: bool) -> PreparedPrompt:
+        """With its embeddings in this machine's memory, each stage done when its time ends."""
+        prompt = self._prepare(turns, raw, new_tokens=0, waiting=True)
+        return replace(prompt, embeddings=self._embedder.to_host(prompt.embeddings))
 
     def _projection(self, item: Input) -> Projection:
         molecule = isinstance(item, Molecule)
@@ -504,7 +520,7 @@ class Chat:
 
     def prepare(self, question: str, *inputs: Input) -> PreparedPrompt:
         """See :meth:`Engine.prepare`."""
-        return self.engine._prepare([*self.turns, Turn(question, _checked(inputs))], self.raw, new_tokens=0)
+        return self.engine._shown([*self.turns, Turn(question, _checked(inputs))], self.raw)
 
     def release(self) -> None:
         """Frees the KV cache; the conversation goes on, and its next turn is read from the beginning."""
@@ -522,6 +538,11 @@ class Chat:
                 remedy="Finish or close one answer before asking for the next.",
             )
         self.turns.append(Turn(turn.question, turn.inputs, stream.answer.text))
+
+
+def _allowed_16bit(bundle: Bundle, wanted: bool | None) -> bool:
+    """Bundles that store 16 or 4 bits have nothing to lose by 16-bit operands; a fp32 one stays what was exported."""
+    return bundle.manifest.precision != "fp32" if wanted is None else wanted
 
 
 def _drain(stream: AnswerStream) -> Answer:

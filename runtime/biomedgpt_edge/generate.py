@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .decoder.base import ChoosingState, DecoderState, Embeddings, Logits
+from .decoder.base import ChoosingState, DecoderState, Logits, Rows
 from .sampling import GenerationOptions, Sampler
 from .speculation import PromptLookup, Speculation
 from .tokenizer import Tokenizer
@@ -31,7 +31,8 @@ class Timings:
         featurize: parsing and featurizing the inputs; done when they were made, so not part of ``ttft``.
         encode: molecule and protein encoders (near zero if their features were kept).
         splice: building the prompt's embeddings.
-        prefill: the prompt through the decoder, as far as its KV cache was not there yet.
+        prefill: the prompt through the decoder, as far as its KV cache was not there yet. Where encoders and splice
+            run on the decoder's stream, their stages end when they are queued, and this one waits for them.
         decode: all steps after it.
         prepare: from the call to the prompt's embeddings: tokenizing, ``encode`` and ``splice``.
         ttft: time to first token: ``prepare``, then prefill and choice of the first token. Time in which nobody asked
@@ -74,7 +75,7 @@ class Generation:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def prefill(state: DecoderState, embeddings: Embeddings) -> Iterator[Logits]:
+def prefill(state: DecoderState, embeddings: Rows) -> Iterator[Logits]:
     """Runs what ``state`` lacks of a prompt, in chunks, so that it can be left between them.
 
     Args:
@@ -98,7 +99,7 @@ def _chunk_ends(start: int, end: int) -> list[int]:
 
 def generate(
     opening: Opening,
-    embeddings: Embeddings,
+    embeddings: Rows,
     options: GenerationOptions,
     tokenizer: Tokenizer,
     result: Generation,

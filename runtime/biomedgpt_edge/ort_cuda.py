@@ -16,11 +16,13 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi import build_and_package_info
 
-from .cuda import Stream, find_device
+from .cuda import find_device
 from .errors import PlatformError
 from .ort_session import Signature, open_session
 
 PROVIDER = "CUDAExecutionProvider"
+# Where inputs and outputs are bound.
+GPU = ("cuda", 0)
 # onnxruntime and onnxruntime-gpu are one module: what uninstalling the first removes, the second has to bring again.
 INSTALL = (
     "pip install 'biomedgpt-edge[cuda]' && pip uninstall -y onnxruntime && "
@@ -117,12 +119,12 @@ def require_cuda() -> None:
 
 
 def open_cuda_session(
-    path: Path, *, inputs: Signature, outputs: Signature, stream: Stream, cuda_graphs: bool = False
+    path: Path, *, inputs: Signature, outputs: Signature, stream: int, cuda_graphs: bool = False
 ) -> ort.InferenceSession:
     """Opens the graph at ``path`` on the first GPU, all of it.
 
     Args:
-        stream: which everything is put into.
+        stream: the ``cudaStream_t`` that everything is put into; it has to be there as long as the session.
         cuda_graphs: whether runs with the option ``gpu_graph_id`` become CUDA graphs.
 
     Raises:
@@ -132,7 +134,7 @@ def open_cuda_session(
     require_cuda()
     options: Mapping[str, str] = {
         "device_id": "0",
-        "user_compute_stream": str(stream.handle),
+        "user_compute_stream": str(stream),
         "enable_cuda_graph": str(int(cuda_graphs)),
     }
     session = open_session(path, threads=1, inputs=inputs, outputs=outputs, provider=(PROVIDER, options))

@@ -92,7 +92,7 @@ class FeaturePart:
     adjacent.
     """
 
-    features: Array
+    features: Array | _native.CudaArray
     projection: Projection
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ def splice(
         KernelArgumentError: an array has the wrong shape, dtype or layout, an id is outside the vocabulary, or the
             path is not available on this machine. ``out`` is untouched then.
     """
-    segments: list[tuple[str, int, Array] | tuple[str, int, Array, Array, Array, float | None]] = []
+    segments: list[tuple[str, int, Array] | tuple[str, int, Any, Array, Array, float | None]] = []
     row = 0
     for part in parts:
         if isinstance(part, TokenPart):

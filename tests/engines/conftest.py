@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import biomedgpt_edge.cuda
-from biomedgpt_edge import Engine
+from biomedgpt_edge import Engine, _native
+from emulated_engine import Counting
 from engine_answers import ANSWERS, random_logits
 from fake_gpu import FakeCuda
 
@@ -48,3 +51,14 @@ def expected_logits() -> np.ndarray:
     """What the portable decoder of the packaged demo computes for :func:`random_logits`."""
     with Engine.load(threads=1, decoder="portable") as engine:
         return random_logits(engine)
+
+
+@pytest.fixture(scope="module")
+def kernels(emulated_decoder: type[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A machine with a GPU, and a build with kernels for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(_native, "CudaDecoder", partial(Counting, emulated_decoder), raising=False)
+        patch.setattr(_native, "cuda_compiled", lambda: True)
+        patch.setattr(_native, "cuda_device_count", lambda: 1)
+        yield

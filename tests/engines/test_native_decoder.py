@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from biomedgpt_export.graphs.stored import StoredWeights
 from biomedgpt_export.options import ExportOptions
 from biomedgpt_export.quantize.int4 import Int4Weight
 from biomedgpt_export.quantize.rtn import RoundToNearest
+from emulated_engine import counted
 from engine_answers import BENZENE, SIZE
 from int4_matrices import Matrix, interleaved, random_matrix
 
@@ -400,48 +401,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(plain: Case) -> None:
 
 
 # --- whole engines ----------------------------------------------------------------------------------------------------
-
-
-class Counting:
-    """Which calls a decoder got, and how many KV caches are there."""
-
-    def __init__(self, real: CudaDecoder, model: dict[str, Any], capacity: int) -> None:
-        self._real = real(model, capacity)
-        self.capacity, self.caches, self.rows = capacity, 0, list[int]()
-
-    def new_cache(self) -> int:
-        self.caches += 1
-        return int(self._real.new_cache())
-
-    def free_cache(self, cache: int) -> None:
-        self.caches -= 1
-        self._real.free_cache(cache)
-
-    def run(self, caches: list[int], *more: Any) -> Any:
-        self.rows.append(len(caches))
-        return self._real.run(caches, *more)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
-def counted(engine: Engine) -> Counting:
-    """What its decoder runs on."""
-    assert isinstance(engine.decoder, NativeDecoder)
-    native = engine.decoder._native
-    assert isinstance(native, Counting)
-    return native
-
-
-@pytest.fixture(scope="module")
-def kernels(emulated_decoder: CudaDecoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A machine with a GPU, and a build with kernels for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BIOMEDGPT_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(_native, "CudaDecoder", partial(Counting, emulated_decoder), raising=False)
-        patch.setattr(_native, "cuda_compiled", lambda: True)
-        patch.setattr(_native, "cuda_device_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,9 @@ def test_a_session_on_the_processor_is_an_error_and_no_answer(
     monkeypatch.setattr(ort_cuda, "open_session", opened)
     stream = Stream()
     with pytest.raises(PlatformError, match=r"does not run decoder\.onnx on the GPU") as caught:
-        ort_cuda.open_cuda_session(tmp_path / "decoder.onnx", inputs={}, outputs={}, stream=stream, cuda_graphs=True)
+        ort_cuda.open_cuda_session(
+            tmp_path / "decoder.onnx", inputs={}, outputs={}, stream=stream.handle, cuda_graphs=True
+        )
     assert caught.value.seen == ["CPUExecutionProvider"]
     assert given["provider"] == (
         "CUDAExecutionProvider",
@@ -147,7 +149,7 @@ def test_a_provider_that_does_not_start_gives_no_session_on_the_processor(
         pytest.raises(PlatformError, match="does not run all of molecule_encoder"),
     ):
         ort_cuda.open_cuda_session(
-            bundle.file("molecule_encoder.onnx"), inputs=inputs, outputs=outputs, stream=Stream()
+            bundle.file("molecule_encoder.onnx"), inputs=inputs, outputs=outputs, stream=Stream().handle
         )
 
 
@@ -162,7 +164,7 @@ class PlayedSession:
         spoiled: added to the logits of captured runs.
     """
 
-    def __init__(self, gpu: FakeCuda, session: ort.InferenceSession, stream: Stream, spoiled: float) -> None:
+    def __init__(self, gpu: FakeCuda, session: ort.InferenceSession, stream: int, spoiled: float) -> None:
         self._gpu = gpu
         self._session = session
         self._stream = stream
@@ -173,12 +175,12 @@ class PlayedSession:
         return Binding(self._session.io_binding())
 
     def run(self, outputs: list[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        self._gpu.finish(self._stream.handle)
+        self._gpu.finish(self._stream)
         found: list[np.ndarray] = self._session.run(outputs, feeds)
         return found
 
     def run_with_iobinding(self, binding: Binding, options: ort.RunOptions) -> None:
-        self._gpu.finish(self._stream.handle)
+        self._gpu.finish(self._stream)
         graph = options.get_run_config_entry("gpu_graph_id")
         total = int(array_at(binding.addresses["total_sequence_length"], (), np.int32))
         self.runs.append((id(binding), graph, total))
@@ -214,7 +216,7 @@ def play(patch: pytest.MonkeyPatch, gpu: FakeCuda, spoiled: float = 0.0) -> dict
     sessions = dict[str, PlayedSession]()
 
     def opened(
-        path: Path, *, inputs: Signature, outputs: Signature, stream: Stream, cuda_graphs: bool = False
+        path: Path, *, inputs: Signature, outputs: Signature, stream: int, cuda_graphs: bool = False
     ) -> PlayedSession:
         real = open_session(path, threads=1, inputs=inputs, outputs=outputs)
         assert cuda_graphs == path.name.startswith("decoder")

@@ -12,6 +12,7 @@ from biomedgpt_edge import Engine, Molecule, Protein
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.decoder.kv_cache import KvElement, KvLayout, kv_layout
 from biomedgpt_edge.device_cache import ArrayFolder
+from biomedgpt_edge.embedding import HostEmbedder
 from biomedgpt_edge.engine import DEMO_BUNDLE
 from biomedgpt_edge.errors import MemoryLimitError, OptionError, PromptTooLongError
 from biomedgpt_edge.manifest import RECORDS
@@ -71,7 +72,7 @@ def test_an_input_that_comes_again_is_neither_encoded_nor_projected_and_gives_th
                 strict=False,
             )
         ][:5]
-        whole = splice(parts, engine.bundle.embeddings, threads=1, allow_16bit=engine._allow_16bit)
+        whole = splice(parts, engine.bundle.embeddings, threads=1, allow_16bit=True)
         np.testing.assert_array_equal(first.embeddings[: len(whole)], whole)
     assert not (cache / "soft_tokens").exists(), "nothing of an input is written unless asked for"
 
@@ -88,13 +89,14 @@ def test_on_disk_they_outlive_the_process_in_a_private_folder(cache: Path, encod
     with loaded(keep_soft_tokens=True) as engine:
         np.testing.assert_array_equal(engine.prepare("Hello", ASPIRIN).embeddings, expected)
     assert len(encoded) == 2
-    with loaded(keep_soft_tokens=True, allow_16bit=not engine._allow_16bit) as other:
+    with loaded(keep_soft_tokens=True, allow_16bit=False) as other:
         other.prepare("Hello", ASPIRIN)
     assert len(encoded) == 3, "rounded otherwise, they are others"
 
 
 def test_what_was_used_longest_ago_leaves_memory_first() -> None:
-    kept = SoftTokenCache(limit=3 * 16 * 10)
+    table = Bundle.open(DEMO_BUNDLE).embeddings
+    kept = SoftTokenCache(3 * 16 * 10, HostEmbedder(table, threads=1, allow_16bit=False))
     for name in "abc":
         kept.put(name, rows(10))
     kept.get("a", (10, 4))

@@ -17,7 +17,7 @@ from ..bundle import Bundle
 from ..decoder.base import Embeddings
 from ..decoder.graph import Wanted, choose
 from ..decoder.kv_cache import KvElement
-from ..devices import DeviceName
+from ..devices import DeviceName, EncodersWanted
 from ..engine import DEMO_BUNDLE, Engine
 from ..inputs import Molecule, Protein
 from ..portable import derived_files, of_decoder, of_protein_encoder
@@ -97,6 +97,7 @@ class LoadOptions(TypedDict):
     decoder: Wanted
     kv_cache: KvElement | None
     device: DeviceName
+    encoders: EncodersWanted
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..decoder.graph import Wanted, choose
 from ..decoder.kv_cache import KvElement
-from ..devices import DeviceName
+from ..devices import DeviceName, EncodersWanted
 from ..engine import Engine, available_threads
 from ..errors import MissingModalityError, OptionError, PromptTooLongError
 from .counters import Memory, Processors
@@ -48,8 +48,8 @@ class Plan:
         threads: of the engine and of the probes; None for all that this process may use.
         rounds: how often each stage is timed, after one that only warms up.
         groups: of ``GROUPS``.
-        decoder, kv_cache, device: as for :meth:`Engine.load`. Limits are those of the processor and its memory, so that
-            nothing is compared with them on another device.
+        decoder, kv_cache, device, encoders: as for :meth:`Engine.load`. Limits are those of the processor and its
+            memory, so that nothing is compared with them on another device.
 
     Raises:
         OptionError: a value outside its range.
@@ -62,6 +62,7 @@ class Plan:
     decoder: Wanted = "auto"
     kv_cache: KvElement | None = None
     device: DeviceName = "cpu"
+    encoders: EncodersWanted = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= MAX_ROUNDS:
@@ -147,7 +148,8 @@ class Suite:
         return Engine.load(self._plan.bundle, threads=self._threads, **self._options())
 
     def _options(self) -> LoadOptions:
-        return LoadOptions(decoder=self._plan.decoder, kv_cache=self._plan.kv_cache, device=self._plan.device)
+        plan = self._plan
+        return LoadOptions(decoder=plan.decoder, kv_cache=plan.kv_cache, device=plan.device, encoders=plan.encoders)
 
     def _method(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..decoder.graph import WANTED
 from ..decoder.kv_cache import KV_ELEMENTS
-from ..devices import DEVICES
+from ..devices import DEVICES, ENCODERS
 from ..engine import Engine
 from ..errors import InputFileError
 from ..inputs import Molecule, Protein
@@ -26,6 +26,13 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="of the first NVIDIA GPU: native: our own kernels; cuda: ONNX Runtime; tensorrt: engines built for it "
         "('engines build'), or built now (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--encoders",
+        choices=ENCODERS,
+        default="auto",
+        help="what reads inputs for --device native: cuda: ONNX Runtime on the same GPU, cpu: this processor (default: "
+        "cuda where the installed ONNX Runtime has it)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all available)")
     parser.add_argument(
@@ -63,6 +70,7 @@ def load_engine(options: argparse.Namespace) -> Engine:
     return Engine.load(
         options.bundle,
         device=options.device,
+        encoders=options.encoders,
         threads=options.threads,
         decoder=options.decoder,
         kv_cache=options.kv_cache,

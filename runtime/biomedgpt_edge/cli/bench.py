@@ -51,7 +51,16 @@ def run(options: argparse.Namespace) -> int:
         _check_writable(path)
     bundle = None if options.bundle is None else Path(options.bundle)
     groups = tuple(dict.fromkeys(options.stages.split(",")))
-    plan = Plan(bundle, options.threads, options.rounds, groups, options.decoder, options.kv_cache, options.device)
+    plan = Plan(
+        bundle,
+        options.threads,
+        options.rounds,
+        groups,
+        options.decoder,
+        options.kv_cache,
+        options.device,
+        options.encoders,
+    )
     result = Suite(plan, tell).run()
     text = _FORMATS[options.format](result)
     if options.out is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from .kv_cache import KeyValues, KvLayout
 
 Logits = npt.NDArray[np.float32]
 Embeddings = npt.NDArray[np.float32]
+# Embeddings, or rows that an embedder made for this decoder where it reads them.
+Rows: TypeAlias = Any
 
 
 class DecoderState(Protocol):
@@ -32,7 +34,7 @@ class DecoderState(Protocol):
         """
         ...
 
-    def prefill(self, embeddings: Embeddings) -> Logits:
+    def prefill(self, embeddings: Rows) -> Logits:
         """Appends positions given as embeddings, float32 ``[T, hidden]``.
 
         Returns:

@@ -5,6 +5,8 @@ It takes the records that the processor reads, so that nothing is derived for it
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _native
+from .._native import CudaArray
 from ..bundle import Bundle
 from ..errors import KernelArgumentError, OptionError, PlatformError
 from ..manifest import RECORDS, DecoderSpec
@@ -61,6 +64,7 @@ class NativeDecoder:
 
     Attributes:
         capacity: positions of a KV cache.
+        lock: held by whoever else puts work into :attr:`stream`, which may be captured at other times.
 
     Raises:
         OptionError: the bundle's decoder is nothing that the kernels compute; named.
@@ -90,6 +94,34 @@ class NativeDecoder:
         except KernelArgumentError as error:
             raise _unfit(bundle, error.message) from error
         self.identity = f"{bundle.digest}, csrc/decoder {_native.__version__}, {self._native.device}, float16"
+        self.lock = threading.RLock()
+        self._starts = list[tuple[weakref.ref[Values], CudaArray]]()
+
+    @property
+    def stream(self) -> int:
+        """The ``cudaStream_t`` that everything is put into."""
+        return int(self._native.stream)
+
+    def wait(self) -> None:
+        """Until everything that was put into it is done.
+
+        Raises:
+            PlatformError: something of it failed.
+        """
+        self._native.wait()
+
+    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> CudaArray:
+        """Memory of the GPU, whatever it holds.
+
+        Raises:
+            PlatformError: there is not so much.
+        """
+        array: CudaArray = self._native.array(shape, dtype)
+        return array
+
+    def splice(self, out: CudaArray, segments: tuple[Any, ...], *, allow_16bit: bool) -> None:
+        """Queues a splice with the decoder's own table; see ``_native.CudaDecoder.splice``."""
+        self._native.splice(out, segments, allow_16bit)
 
     def open(self, capacity: int, start: KeyValues | None = None) -> NativeState:
         """See :meth:`Decoder.open`.
@@ -116,14 +148,23 @@ class NativeDecoder:
         return values
 
     def write(self, cache: int, values: Values) -> None:
-        """See :class:`Runner`."""
-        self._native.write_cache(cache, self._by_head(np.ascontiguousarray(values)))
+        """See :class:`Runner`. What many sequences begin with is brought to the GPU once, for as long as it is here."""
+        with self.lock:
+            # Looked at now, and not told when they end: whoever keeps them is not to keep the decoder.
+            self._starts = [start for start in self._starts if start[0]() is not None]
+            there = next((brought for known, brought in self._starts if known() is values), None)
+            if there is None:
+                rows = self._by_head(np.ascontiguousarray(values))
+                there = self.array(rows.shape, "float16")
+                there.upload(rows)
+                self._starts.append((weakref.ref(values), there))
+            self._native.write_cache(cache, there)
 
     def _by_head(self, values: Values) -> Values:
         return values.reshape(2 * self.spec.layers * self.spec.kv_heads, -1)
 
-    def run(self, cache: int, embeddings: Embeddings, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
-        """See :class:`Runner`; at most 8 are wanted."""
+    def run(self, cache: int, embeddings: Embeddings | CudaArray, start: int, wanted: npt.NDArray[np.int64]) -> Logits:
+        """See :class:`Runner`; at most 8 are wanted. Embeddings may lie on the GPU, where :meth:`array` made them."""
         return self._run(cache, embeddings, len(embeddings), start, [int(row) for row in wanted])
 
     def run_tokens(self, cache: int, tokens: Sequence[int], start: int) -> Logits:
@@ -132,11 +173,15 @@ class NativeDecoder:
 
     def run_chosen(self, cache: int, token: int, start: int, choice: Choice) -> tuple[int, float]:
         """Appends a token; the one chosen behind it, and the largest logit. Nothing else comes back."""
-        return self._native.run([cache], [start], [int(token)], [0], None, [choice])[0]
+        with self.lock:
+            return self._native.run([cache], [start], [int(token)], [0], None, [choice])[0]
 
-    def _run(self, cache: int, x: Embeddings | list[int], count: int, start: int, wanted: list[int]) -> Logits:
+    def _run(
+        self, cache: int, x: Embeddings | CudaArray | list[int], count: int, start: int, wanted: list[int]
+    ) -> Logits:
         logits = np.empty((len(wanted), self._rows), np.float32)
-        self._native.run([cache] * count, list(range(start, start + count)), x, wanted, logits)
+        with self.lock:
+            self._native.run([cache] * count, list(range(start, start + count)), x, wanted, logits)
         return logits
 
 

@@ -17,7 +17,7 @@ from ..device_cache import Verify
 from ..errors import BioMedGPTError, OptionError
 from ..generate import PREFILL_CHUNK
 from ..manifest import DecoderSpec, ProteinEncoderSpec
-from ..ort_cuda import PROVIDER, open_cuda_session
+from ..ort_cuda import GPU, PROVIDER, open_cuda_session
 from ..ort_session import Signature, running
 from ..portable import Derivation, derived_graph, of_decoder
 from ..speculation import DRAFT
@@ -28,8 +28,6 @@ from .kv_cache import KvLayout
 
 # Rows of logits in one call: a token and those that may be drafted behind it.
 STEP_TOKENS = 1 + DRAFT
-# Where everything is bound but one length.
-_GPU = ("cuda", 0)
 # Of runs that are not to become CUDA graphs.
 _NO_GRAPH = "-1"
 # By which a step may differ when it is launched as a CUDA graph: kernels may be chosen otherwise, in float16.
@@ -58,7 +56,9 @@ class CudaDecoder(GpuDecoder):
         self.identity = f"{bundle.digest}, onnxruntime {ort.__version__}, {PROVIDER}, float16"
         self._stream = Stream()
         inputs, outputs = _signature(self.spec, self.kv)
-        self._session = open_cuda_session(path, inputs=inputs, outputs=outputs, stream=self._stream, cuda_graphs=True)
+        self._session = open_cuda_session(
+            path, inputs=inputs, outputs=outputs, stream=self._stream.handle, cuda_graphs=True
+        )
         self._buffers = _Buffers(self.spec)
         self._caches = GpuCaches(self.kv, self.capacity, self._stream, self._forget)
         self._bindings = dict[tuple[int, int, int], ort.IOBinding]()
@@ -104,14 +104,14 @@ class CudaDecoder(GpuDecoder):
             ("logit_positions", np.int64, [count], buffers.wanted),
             ("seqlens_k", np.int32, [1], buffers.last),
         ):
-            binding.bind_input(name, *_GPU, dtype, shape, buffer.pointer)
+            binding.bind_input(name, *GPU, dtype, shape, buffer.pointer)
         # The provider reads this one on the processor.
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, [], buffers.total.ctypes.data)
-        binding.bind_output("logits", *_GPU, np.float32, [count, spec.vocabulary], buffers.logits.pointer)
+        binding.bind_output("logits", *GPU, np.float32, [count, spec.vocabulary], buffers.logits.pointer)
         shape = list(self.kv.shape(self.capacity))
         for name, address in self._caches.addresses(cache).items():
-            binding.bind_input(f"past_{name}", *_GPU, np.float16, shape, address)
-            binding.bind_output(f"present_{name}", *_GPU, np.float16, shape, address)
+            binding.bind_input(f"past_{name}", *GPU, np.float16, shape, address)
+            binding.bind_output(f"present_{name}", *GPU, np.float16, shape, address)
         return binding
 
     def _forget(self, number: int) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..errors import ClosedError, KernelArgumentError, PromptTooLongError
 from ..generate import PREFILL_CHUNK
 from ..manifest import DecoderSpec
-from .base import Embeddings, Logits
+from .base import Embeddings, Logits, Rows
 from .kv_cache import KeyValues, KvLayout, Values
 
 # Of masks: so low that nothing is left of it behind a softmax, and a number of float16.
@@ -129,7 +129,7 @@ class StaticState:
         if positions > self._capacity:
             raise ValueError(f"{positions} positions do not fit a KV cache of {self._capacity}")
 
-    def prefill(self, embeddings: Embeddings) -> Logits:
+    def prefill(self, embeddings: Rows) -> Logits:
         """See :class:`DecoderState`."""
         # No run takes more positions at once; those that cannot all be appended are refused before any is.
         self.reserve(self._length + len(embeddings))
@@ -187,7 +187,7 @@ class StaticState:
         self._runner.write(self._cache, start.array)
         self._length = start.positions
 
-    def _run(self, embeddings: Embeddings, wanted: npt.NDArray[np.int64]) -> Logits:
+    def _run(self, embeddings: Rows, wanted: npt.NDArray[np.int64]) -> Logits:
         """Appends ``embeddings`` [T, hidden]; returns logits at ``wanted`` of them."""
         count, width = len(embeddings), self._spec.hidden_size
         if embeddings.shape != (count, width) or embeddings.dtype != np.float32 or not count:
@@ -196,7 +196,8 @@ class StaticState:
                 remedy="Give the embeddings of a prompt.",
             )
         cache = self._cache_for(count)
-        logits = self._runner.run(cache, np.ascontiguousarray(embeddings), self._length, wanted)
+        given = np.ascontiguousarray(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
+        logits = self._runner.run(cache, given, self._length, wanted)
         self._length += count
         return logits
 

@@ -1,0 +1,78 @@
+"""The embeddings of a prompt, put together in the memory of the GPU for our own decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._native import CudaArray
+from .decoder.cuda import NativeDecoder
+from .embedding import Host
+from .splice import FeaturePart, Projection, TokenPart
+
+
+class GpuEmbedder:
+    """In the memory of the GPU, by the kernel for it, on the stream of the decoder that reads the rows.
+
+    What is asked for is queued there and not waited for. Features may come from this machine or be
+    :class:`CudaArray` objects; projections are brought there when they are first needed.
+    """
+
+    def __init__(self, decoder: NativeDecoder, *, allow_16bit: bool) -> None:
+        self._decoder = decoder
+        self._allow_16bit = allow_16bit
+        self._projections = dict[Projection, tuple[CudaArray, CudaArray]]()
+        # Kept while the kernel may read them: memory is freed only when the GPU has nothing to do.
+        self._features: CudaArray | None = None
+
+    def new(self, count: int) -> CudaArray:
+        """See :class:`Embedder`."""
+        return self._decoder.array((count, self._decoder.spec.hidden_size))
+
+    def write(self, part: TokenPart | FeaturePart, rows: CudaArray) -> None:
+        """See :class:`Embedder`."""
+        if isinstance(part, TokenPart):
+            self._decoder.splice(rows, (("tokens", 0, part.ids),), allow_16bit=self._allow_16bit)
+            return
+        weight, bias = self._brought(part.projection)
+        features = part.features if isinstance(part.features, CudaArray) else self._uploaded(part.features)
+        segment = ("features", 0, features, weight, bias, part.projection.layer_norm_eps)
+        self._decoder.splice(rows, (segment,), allow_16bit=self._allow_16bit)
+        self._features = features
+
+    def copy(self, rows: CudaArray) -> CudaArray:
+        """See :class:`Embedder`."""
+        own = self.new(len(rows))
+        own.copy_from(rows)
+        return own
+
+    def fill(self, rows: CudaArray, known: CudaArray) -> None:
+        """See :class:`Embedder`."""
+        rows.copy_from(known)
+
+    def wait(self) -> None:
+        """See :class:`Embedder`."""
+        self._decoder.wait()
+
+    def to_host(self, rows: CudaArray) -> Host:
+        """See :class:`Embedder`."""
+        array = np.empty(rows.shape, np.float32)
+        rows.download(array)
+        return array
+
+    def from_host(self, array: Host) -> CudaArray:
+        """See :class:`Embedder`."""
+        return self._uploaded(np.ascontiguousarray(array))
+
+    def _brought(self, projection: Projection) -> tuple[CudaArray, CudaArray]:
+        if projection not in self._projections:
+            brought = self._uploaded(projection.weight), self._uploaded(projection.bias)
+            self._projections[projection] = brought
+        return self._projections[projection]
+
+    def _uploaded(self, array: npt.NDArray[Any]) -> CudaArray:
+        there = self._decoder.array(array.shape, array.dtype.name)
+        there.upload(array)
+        return there
