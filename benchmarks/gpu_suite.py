@@ -1,16 +1,18 @@
 """The decoder's CUDA kernels on a GPU: builds them, checks them, times them, and compares them with what else there is.
 
 In this order: every kernel and the whole decoder against double precision, with fresh random numbers (csrc/tests); the
-greedy tokens of the demo bundle against the processor's; each kernel's time by events (csrc/tests/time_decoder.cpp);
-tokens, prompts and the first token at the size of a 7B with random weights; torch in the same shape. A step whose parts
-are absent is skipped by name, one that fails is named and makes the exit code 1.
+greedy tokens of the demo bundle and of the tiny reference against the processor's; each kernel's time by events
+(csrc/tests/time_decoder.cpp); tokens and prompts at the size of a 7B with random weights; the time to the first token
+of a molecule and of a protein, encoders and splice included; torch in the same shape; ONNX Runtime's CUDA provider. A
+step whose parts are absent is skipped by name, one that fails is named and makes the exit code 1.
 
 Shares are of the limit that binds: bytes over the bandwidth of a copy, or operations over the rate of a product of bf16
 matrices, both measured in the same run. Results go to --json, by default benchmarks/results/gpu-<device>.json.
 
 Usage: python benchmarks/gpu_suite.py [--dry] [--work DIR] [--json FILE] [--rounds 9] [--without checks,tokens,...]
 --dry goes through all of it on a machine without a GPU, in the emulation and a small shape: its times mean nothing.
-Needs cmake, a C++ compiler, nvcc, pybind11 and numpy; uses onnxruntime, tokenizers and torch where they are.
+Needs cmake, a C++ compiler, nvcc, pybind11 and numpy; uses onnxruntime, onnx, tokenizers, torch, transformers and RDKit
+where they are.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Steps of a chain: time is taken around all of them.
 CHAIN = 64
 MOLECULE_POSITIONS = 94
+# Of the standard question, besides 24 atoms; and of the protein, besides its first and last token.
+WORDS, ATOMS, RESIDUES = 70, 24, 400
 DEPTHS, PROMPTS, ROWS = (0, 128, 512, 1536), (MOLECULE_POSITIONS, 128, 512), (1, 2, 4, 8)
 # Rows of a prompt in a call.
 CHUNK = 256
 # Steps by name; the device and the build are not to be left out.
-STEPS = ("checks", "tokens", "kernels", "decoder", "splice", "torch", "torch int4")
+STEPS = ("checks", "tokens", "kernels", "decoder", "first token", "splice", "torch", "torch int4", "onnxruntime")
 # A GPU is lent for minutes: what is broken in one step must not cost the others.
 _BROKEN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, ImportError)
 # Launches between two events, for what takes microseconds.
@@ -177,6 +181,9 @@ def _output(command: list[str], **environment: str) -> str:
 
 def _module(run: Run, name: str, module: str) -> ModuleType:
     path = next(run.work.glob(f"{name}.*so"))
+    known = sys.modules.get(module)
+    if known is not None and known.__file__ == str(path):
+        return known
     spec = importlib.util.spec_from_file_location(module, path)
     if spec is None or spec.loader is None:
         raise Failed(f"{path} is no module")
@@ -191,9 +198,10 @@ def native_decoder(run: Run) -> type[Any]:
     if run.dry:
         # Everything else is that of the package, which is installed.
         return _module(run, "_emulated", "_emulated").CudaDecoder  # type: ignore[no-any-return]
-    # Nothing has to be installed: the package beside this file, with the module that was built.
-    if str(ROOT / "runtime") not in sys.path:
-        sys.path.insert(0, str(ROOT / "runtime"))
+    # Nothing has to be installed: the packages beside this file, with the module that was built.
+    for folder in ("export", "runtime"):
+        if str(ROOT / folder) not in sys.path:
+            sys.path.insert(0, str(ROOT / folder))
     return _module(run, "_native", "biomedgpt_edge._native").CudaDecoder  # type: ignore[no-any-return]
 
 
@@ -203,7 +211,10 @@ def native_decoder(run: Run) -> type[Any]:
 def check_kernels(run: Run) -> None:
     """The C++ tests with numbers that no run had before."""
     seed = str(time.time_ns() % 2**31)
-    said = _output([str(run.work / "gpu_tests")], BIOMEDGPT_TEST_SEED=seed)
+    try:
+        said = _output([str(run.work / "gpu_tests")], BIOMEDGPT_TEST_SEED=seed)
+    except Failed as failed:
+        raise Failed(f"BIOMEDGPT_TEST_SEED={seed}: {failed}") from failed
     last = said.strip().splitlines()[-1]
     if not run.dry and "skipped" in said:
         raise Failed(f"the tests found no GPU: {last}")
@@ -211,19 +222,42 @@ def check_kernels(run: Run) -> None:
 
 
 def check_tokens(run: Run) -> None:
-    """Greedy tokens of the demo bundle on the GPU and on the processor, behind random prompts."""
-    decoder = native_decoder(run)
+    """Greedy tokens on the GPU and on the processor, behind random prompts, of each bundle that there is."""
+    native_decoder(run)
     try:
-        from biomedgpt_edge.bundle import Bundle
-        from biomedgpt_edge.decoder.cuda import NativeDecoder
-        from biomedgpt_edge.decoder.graph import choose
-        from biomedgpt_edge.devices import load_cpu
-        from biomedgpt_edge.engine import DEMO_BUNDLE
+        from biomedgpt_edge import bundle, decoder  # noqa: F401
     except ImportError as error:
         raise Skip(f"{error.name} is not installed") from error
-    bundle = Bundle.open(DEMO_BUNDLE)
-    ours = NativeDecoder(bundle, context=64 if run.dry else None, native=decoder)
-    theirs = load_cpu(bundle, threads=2, choice=choose(bundle), verify="once", kv_cache=None).decoder
+    _check_tokens_of(run, "the demo bundle", ROOT / "runtime" / "biomedgpt_edge" / "demo_bundle")
+    try:
+        _check_tokens_of(run, "the tiny reference", _tiny_reference(run.work / "tiny-reference"))
+    except Skip as skipped:
+        run.skipped["tokens of the tiny reference"] = str(skipped)
+
+
+def _tiny_reference(out: Path) -> Path:
+    """Its int4 bundle, exported to ``out`` unless it is there."""
+    try:
+        from biomedgpt_export.exporter import export_bundle
+        from biomedgpt_export.families.biomedgpt_10b import Layout
+        from biomedgpt_export.options import ExportOptions
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed") from error
+    if not out.exists():
+        source = Layout.locate(ROOT / "tests" / "data" / "biomedgpt-tiny")
+        export_bundle(ExportOptions(source, out, "int4", quantizer="rtn", proof="none"), lambda line: None)
+    return out
+
+
+def _check_tokens_of(run: Run, name: str, folder: Path) -> None:
+    from biomedgpt_edge.bundle import Bundle
+    from biomedgpt_edge.decoder.cuda import NativeDecoder
+    from biomedgpt_edge.decoder.graph import choose, decoder_graph
+    from biomedgpt_edge.decoder.onnx import OnnxDecoder
+
+    bundle = Bundle.open(folder)
+    ours = NativeDecoder(bundle, context=64 if run.dry else None, native=native_decoder(run))
+    theirs = OnnxDecoder(bundle, threads=2, graph=decoder_graph(bundle, choose(bundle), "once"))
     random = np.random.default_rng()
     steps, prompts = (2, 1) if run.dry else (24, 8)
     same = near = 0
@@ -239,9 +273,9 @@ def check_tokens(run: Run) -> None:
                 near += abs(float(found.max() - found[token])) <= 0.03 * float(np.abs(expected).max())
                 x, y = a.step(token), b.step(token)
     total = prompts * steps
-    print(f"  {same} of {total} greedy tokens are the processor's, {near} are within 3 % of its largest logit")
+    print(f"  {name}: {same} of {total} greedy tokens are the processor's, {near} within 3 % of its largest logit")
     if near < total:
-        raise Failed(f"{total - near} of {total} tokens are others than the processor's")
+        raise Failed(f"{total - near} of {total} tokens of {name} are others than the processor's")
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
@@ -360,6 +394,203 @@ def median(run: Run, work: Callable[[], None]) -> float:
     return float(statistics.median(times[1:]))
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt with soft tokens.
+
+    Attributes:
+        soft, width: of its features.
+        norm: epsilon of the norm that is folded into the projection.
+        encode: makes the features, ``[soft, width]``, here or on the GPU.
+        bytes, operations: of the encoder, where limits of the GPU apply to it.
+    """
+
+    name: str
+    soft: int
+    width: int
+    norm: float | None
+    encode: Callable[[], Any]
+    bytes: float = 0
+    operations: float = 0
+
+
+def time_first_token(run: Run) -> None:
+    """From what encoders read to the first token on the host, as the runtime does it; weights are random."""
+    decoder = native_decoder(run)(random_model(run.shape), run.shape.capacity)
+    sources: dict[str, Callable[[Run, Any], Question]] = {
+        "of a molecule": _molecule,
+        "of a protein, encoder by torch": _protein_by_torch,
+        "of a protein, encoder by onnxruntime": _protein_by_onnxruntime,
+    }
+    for name, source in sources.items():
+        try:
+            _time_question(run, decoder, source(run, decoder))
+        except Skip as skipped:
+            run.skipped[f"first token {name}"] = str(skipped)
+
+
+def _time_question(run: Run, decoder: Any, question: Question) -> None:
+    shape, before, behind = run.shape, WORDS // 2, WORDS // 2 + question.soft
+    weight = decoder.array((shape.hidden, question.width), "float16")
+    weight.upload((np.random.default_rng(3).standard_normal(weight.shape) * 0.02).astype(np.float16))
+    bias = decoder.array((shape.hidden,), "float32")
+    bias.upload(np.zeros(shape.hidden, np.float32))
+    words, positions = np.arange(3, 3 + WORDS), WORDS + question.soft
+    cache, greedy = decoder.new_cache(), (0.0, 0, 1.0, 0.0)
+
+    def ask() -> None:
+        features = question.encode()
+        if isinstance(features, np.ndarray):
+            made = features
+            features = decoder.array(made.shape, "float32")
+            features.upload(made)
+        rows = decoder.array((positions, shape.hidden), "float32")
+        decoder.splice(rows[:before], (("tokens", 0, words[:before]),), True)
+        decoder.splice(rows[before:behind], (("features", 0, features, weight, bias, question.norm),), True)
+        decoder.splice(rows[behind:], (("tokens", 0, words[before:]),), True)
+        for begin in range(0, positions, CHUNK):
+            places = list(range(begin, min(begin + CHUNK, positions)))
+            chunk = rows[begin : places[-1] + 1]
+            decoder.run([cache] * len(places), places, chunk, [len(places) - 1], None, [greedy])
+
+    weights = weight_bytes(shape)
+    operations = 2 * weights / (0.5 + 2 / shape.group) * positions + 2.0 * question.soft * question.width * shape.hidden
+    figure = Figure(f"first token, {question.name}", positions, median(run, ask))
+    figure.bytes = weights * -(-positions // CHUNK) + question.bytes
+    figure.operations = operations + question.operations
+    run.figures.append(figure)
+    decoder.free_cache(cache)
+
+
+def _molecule(run: Run, decoder: Any) -> Question:
+    """A ring of carbon; the encoder is the packaged demo's, whose shape is that of the 10B, on the processor."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise Skip("onnxruntime is not installed") from error
+    path = ROOT / "runtime" / "biomedgpt_edge" / "demo_bundle" / "molecule_encoder.onnx"
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    neighbours = np.roll(np.eye(ATOMS, dtype=np.float32), 1, axis=1)
+    counts = np.zeros((ATOMS, 9), np.float32)
+    # Two aromatic bonds without a direction, and a loop to itself, for each.
+    counts[:, 3], counts[:, 4], counts[:, 6] = 2, 1, 3
+    feeds = {
+        "atom_type": np.full(ATOMS, 5),
+        "chirality": np.zeros(ATOMS, np.int64),
+        "adjacency": np.eye(ATOMS, dtype=np.float32) + neighbours + neighbours.T,
+        "edge_counts": counts,
+    }
+    width = session.get_outputs()[0].shape[1]
+    name = f"molecule of {ATOMS} atoms, its encoder on the processor"
+    return Question(name, ATOMS, width, None, lambda: session.run(None, feeds)[0])
+
+
+def _esm_sizes(run: Run) -> dict[str, int]:
+    """Of ESM-2 3B."""
+    layers, hidden, inner, heads = (2, 64, 128, 4) if run.dry else (36, 2560, 10240, 40)
+    return {"layers": layers, "hidden_size": hidden, "intermediate_size": inner, "heads": heads, "vocabulary": 33}
+
+
+def _protein(run: Run, engine: str, encode: Callable[[], Any]) -> Question:
+    sizes, soft = _esm_sizes(run), 10 if run.dry else RESIDUES + 2
+    weights = sizes["layers"] * (4 * sizes["hidden_size"] ** 2 + 2 * sizes["hidden_size"] * sizes["intermediate_size"])
+    name = f"protein of {soft - 2} residues, its encoder by {engine}"
+    return Question(name, soft, sizes["hidden_size"], 1e-5, encode, 2.0 * weights, 2.0 * weights * soft)
+
+
+def _residue_ids(run: Run) -> npt.NDArray[np.int64]:
+    return np.arange(10 if run.dry else RESIDUES + 2)[np.newaxis] % 20 + 4
+
+
+def _protein_by_torch(run: Run, decoder: Any) -> Question:
+    """ESM-2 3B of transformers in float16, on the decoder's stream: its features are read where they are."""
+    torch = _torch() if run.dry else _cuda_torch(run, "")
+    try:
+        from transformers import EsmConfig, EsmModel
+    except ImportError as error:
+        raise Skip("transformers is not installed") from error
+    sizes = _esm_sizes(run)
+    config = EsmConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["intermediate_size"],
+        max_position_embeddings=1026,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        pad_token_id=1,
+        mask_token_id=32,
+    )
+    place, dtype = ("cpu", torch.float32) if run.dry else ("cuda", torch.float16)
+    with torch.device(place):
+        model = EsmModel(config, add_pooling_layer=False).to(dtype).eval()
+    ids = torch.from_numpy(_residue_ids(run)).to(place)
+    stream = None if run.dry else torch.cuda.ExternalStream(decoder.stream)
+
+    def encode() -> Any:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            return model(ids).last_hidden_state[0]
+
+    return _protein(run, "torch, float16", encode)
+
+
+def _protein_by_onnxruntime(run: Run, decoder: Any) -> Question:
+    """The same as the exporter's graph in float16, by the CUDA provider, as the runtime runs it."""
+    if not run.dry:
+        _require_provider(run)
+    try:
+        from biomedgpt_edge.encoders import protein_signature
+        from biomedgpt_edge.ort_cuda import open_cuda_session
+        from biomedgpt_edge.ort_session import open_session
+        from biomedgpt_export.graphs.config import EsmConfig
+        from gpu_graphs import write_esm
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed") from error
+    config = EsmConfig(**_esm_sizes(run), context=1026, rope_base=10000.0, norm_eps=1e-5, token_dropout=True)
+    path, spec = write_esm(_emptied(run.work / "esm"), config)
+    inputs, outputs = protein_signature(spec)
+    feeds = {"residue_ids": _residue_ids(run)}
+    if run.dry:
+        session = open_session(path, threads=1, inputs=inputs, outputs=outputs)
+        return _protein(run, "onnxruntime, float16", lambda: session.run(None, feeds)[0][0])
+    session = open_cuda_session(path, inputs=inputs, outputs=outputs, stream=decoder.stream)
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def encode() -> Any:
+        features = decoder.array((RESIDUES + 2, config.hidden_size), "float32")
+        binding = session.io_binding()
+        binding.bind_cpu_input("residue_ids", feeds["residue_ids"])
+        shape = [1, *features.shape]
+        binding.bind_output("residue_features", "cuda", 0, np.float32, shape, features.pointer)
+        session.run_with_iobinding(binding, options)
+        return features
+
+    return _protein(run, "onnxruntime, float16", encode)
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _require_provider(run: Run) -> None:
+    """Skips where ONNX Runtime or its CUDA provider is missing."""
+    native_decoder(run)
+    try:
+        from biomedgpt_edge.errors import PlatformError
+        from biomedgpt_edge.ort_cuda import require_cuda
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed") from error
+    try:
+        require_cuda()
+    except PlatformError as error:
+        raise Skip(error.message) from error
+
+
 def time_splice(run: Run) -> None:
     """A prompt with a protein of 1,024 residues, by our kernel and by torch in float16."""
     torch = _cuda_torch(run, "the splice op is not emulated")
@@ -439,6 +670,61 @@ def time_torch_int4(run: Run) -> None:
         work()
     taken = _torch_median(run, graph.replay)
     run.figures.append(Figure("torch: products of a token, int4", 1, taken, weight_bytes(shape)))
+
+
+def time_onnxruntime(run: Run) -> None:
+    """Tokens and prompts of the same shape by ONNX Runtime's CUDA provider, through the runtime's ``--device cuda``."""
+    if not run.dry:
+        _require_provider(run)
+    try:
+        from biomedgpt_edge.decoder.onnx_cuda import CudaDecoder
+        from biomedgpt_export.graphs.config import LlamaConfig
+        from gpu_graphs import decoder_bundle
+    except ImportError as error:
+        raise Skip(f"{error.name} is not installed") from error
+    shape = run.shape
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.heads,
+        head_size=shape.head_size,
+        vocabulary=shape.vocabulary,
+        context=shape.capacity,
+        rope_base=10000.0,
+        norm_eps=1e-6,
+        attention_bias=False,
+        tied_head=False,
+    )
+    bundle = decoder_bundle(_emptied(run.work / "onnxruntime"), config, shape.group)
+    if run.dry:
+        import onnxruntime as ort
+
+        ort.InferenceSession(str(bundle.file(bundle.manifest.decoder.cuda)), providers=["CPUExecutionProvider"])
+        raise Skip("dry: the graph is written and loaded, and not run")
+    decoder = CudaDecoder(bundle)
+    rows = np.random.default_rng(4).standard_normal((max(PROMPTS), shape.hidden), np.float32)
+    weights = weight_bytes(shape)
+    for positions in PROMPTS:
+        with decoder.open(positions) as state:
+
+            def prompt(state: Any = state, positions: int = positions) -> None:
+                state.truncate(0)
+                state.prefill(rows[:positions])
+
+            operations = 2 * weights / (0.5 + 2 / shape.group) * positions
+            taken = median(run, prompt)
+            run.figures.append(Figure("onnxruntime cuda: prompt to logits", positions, taken, weights, operations))
+    with decoder.open(shape.capacity) as state:
+        state.prefill(rows[:128])
+
+        def token() -> None:
+            for _ in range(run.chain):
+                state.step(5)
+            state.truncate(128)
+
+        run.figures.append(Figure("onnxruntime cuda: token at 128", 1, median(run, token) / run.chain, weights))
 
 
 def _torch() -> Any:
@@ -601,9 +887,11 @@ def _run(run: Run, without: set[str], path: Path | None) -> int:
         "tokens": check_tokens,
         "kernels": time_kernels,
         "decoder": time_decoder,
+        "first token": time_first_token,
         "splice": time_splice,
         "torch": time_torch,
         "torch int4": time_torch_int4,
+        "onnxruntime": time_onnxruntime,
     }
     for name, step in steps.items():
         if name in without:

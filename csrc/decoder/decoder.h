@@ -118,7 +118,9 @@ class CudaDecoder {
 
     // A cache of which no position is there.
     virtual int64_t new_cache() = 0;
-    virtual void free_cache(int64_t cache) = 0;  // which has to be there
+    // Which has to be there. The memory of one waits for the next cache, or for trim(), or until there is too little.
+    virtual void free_cache(int64_t cache) = 0;
+    virtual void trim() = 0;
     // The first positions, halves [2 * layers, kv_heads, positions, head_size], of the host or the GPU.
     virtual void read_cache(int64_t cache, int64_t positions, uint16_t* to) = 0;
     virtual void write_cache(int64_t cache, int64_t positions, const uint16_t* from) = 0;
@@ -134,7 +136,7 @@ void check_decoder(const DecoderModel& model, int64_t capacity);
 void check_call(const DecoderModel& model, int64_t capacity, const DecoderCall& call);
 void check_chain(const DecoderModel& model, int64_t capacity, const DecoderChain& chain);
 
-// On the GPU that is current. Throws DeviceError where it has too little memory, before anything is brought there, for
+// On the first GPU. Throws DeviceError where it has too little memory, before anything is brought there, for
 // all of it and one cache.
 std::unique_ptr<CudaDecoder> make_cuda_decoder(const DecoderModel& model, int64_t capacity);
 

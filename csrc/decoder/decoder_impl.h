@@ -96,12 +96,19 @@ class DecoderOn final : public CudaDecoder {
     std::shared_ptr<void> allocate(size_t bytes) override {
         const std::lock_guard<std::mutex> lock(mutex_);
         const Gpu::Current current(gpu_);
+        if (gpu_.free_memory() < bytes) spare_ = {};
         const size_t free = gpu_.free_memory();
         if (free < bytes) {
             throw DeviceError("an array takes " + std::to_string(bytes) + " bytes, and " + std::to_string(free) +
                               " are free on " + gpu_.name() + ".");
         }
         return {gpu_.allocate(std::max<size_t>(bytes, 1), "an array"), &Gpu::release};
+    }
+
+    void trim() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const Gpu::Current current(gpu_);
+        spare_ = {};
     }
 
     void copy(void* to, const void* from, size_t bytes) override {

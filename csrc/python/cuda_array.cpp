@@ -67,6 +67,13 @@ CudaArray::CudaArray(std::shared_ptr<CudaDecoder> decoder, const py::object& sha
     data_ = static_cast<char*>(memory_.get());
 }
 
+// To free memory may wait for the GPU: other threads go on meanwhile. A consumer of DLPack may have no GIL to release.
+CudaArray::~CudaArray() {
+    if (memory_.use_count() != 1 || PyGILState_Check() == 0) return;
+    const py::gil_scoped_release released;
+    memory_.reset();
+}
+
 std::string CudaArray::text() const {
     const std::string columns = rank_ == 2 ? ", " + std::to_string(shape_[1]) : "";
     return std::string(name_of(dtype_)) + " [" + std::to_string(shape_[0]) + columns + "]";
@@ -118,6 +125,9 @@ void CudaArray::copy_from(const CudaArray& from) const {
     if (from.text() != text() || !from.is_of(*decoder_)) {
         throw ArgumentError("from", from.text(), text() + " of the same decoder");
     }
+    if (from.data_ < data_ + bytes() && data_ < from.data_ + bytes()) {
+        throw ArgumentError("from", "rows that are partly these", "others");
+    }
     const py::gil_scoped_release released;
     decoder_->copy_within(data_, from.data_, static_cast<size_t>(bytes()));
 }
@@ -127,7 +137,10 @@ py::tuple CudaArray::device() const {
     return py::make_tuple(device.type, device.id);
 }
 
-py::capsule CudaArray::exported(const py::object& stream, const py::object& copy) const {
+py::capsule CudaArray::exported(const py::object& stream, const py::object& device, const py::object& copy) const {
+    if (!device.is_none() && !device.equal(this->device())) {
+        throw py::buffer_error("this array cannot be exported to another device; download it.");
+    }
     if (copy.is(py::handle(Py_True))) throw py::buffer_error("a copy of this array cannot be exported.");
     const auto own = static_cast<int64_t>(reinterpret_cast<intptr_t>(decoder_->stream()));
     constexpr int64_t kUnordered = -1;  // the consumer takes care of it itself
@@ -169,8 +182,8 @@ void bind_cuda_array(py::module_& module) {
         .def("__dlpack_device__", &CudaArray::device)
         .def(
             "__dlpack__",
-            [](const CudaArray& self, const py::object& stream, const py::object&, const py::object&,
-               const py::object& copy) { return self.exported(stream, copy); },
+            [](const CudaArray& self, const py::object& stream, const py::object&, const py::object& device,
+               const py::object& copy) { return self.exported(stream, device, copy); },
             py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
             py::arg("dl_device") = py::none(), py::arg("copy") = py::none());
 }

@@ -18,6 +18,10 @@ class CudaArray {
     // Throws ArgumentError for sizes that no array has, DeviceError where the GPU has not so much memory.
     CudaArray(std::shared_ptr<CudaDecoder> decoder, const pybind11::object& shape, const pybind11::object& dtype);
 
+    CudaArray(const CudaArray&) = default;
+    CudaArray& operator=(const CudaArray&) = delete;
+    ~CudaArray();
+
     char* data() const { return data_; }
     DType dtype() const { return dtype_; }
     int rank() const { return rank_; }
@@ -31,7 +35,8 @@ class CudaArray {
     void download(const pybind11::object& to) const;
     void copy_from(const CudaArray& from) const;
     pybind11::tuple device() const;
-    pybind11::capsule exported(const pybind11::object& stream, const pybind11::object& copy) const;
+    pybind11::capsule exported(const pybind11::object& stream, const pybind11::object& device,
+                               const pybind11::object& copy) const;
 
     // "float32 [3, 4096]"
     std::string text() const;

@@ -24,7 +24,7 @@ constexpr Expected kHeadValues{2, "uint8 [N, groups * group], contiguous"};
 constexpr Expected kHeadScales{2, "float16 [N, groups], contiguous"};
 constexpr Expected kCacheRows{2, "float16 [2 * layers * kv_heads, positions * head_size], contiguous"};
 
-constexpr char kDecoderDoc[] = R"(A decoder on the GPU that is current; see csrc/decoder/decoder.h.
+constexpr char kDecoderDoc[] = R"(A decoder on the first GPU; see csrc/decoder/decoder.h.
 
 model: a dict of hidden, intermediate, heads, kv_heads, head_size, epsilon and choosable; rope_cos and rope_sin float32
 [positions, head_size / 2]; final_norm float32 [hidden]; embeddings [vocabulary, hidden], float32, float16 or int8, and
@@ -47,9 +47,10 @@ constexpr char kArrayDoc[] = R"(A CudaArray of shape (rows,) or (rows, columns),
 
 Raises PlatformError where the GPU has not so much memory.)";
 
-constexpr char kSpliceDoc[] = R"(As _native.splice_cuda, on the decoder's stream and with its table; returns at once.
+constexpr char kSpliceDoc[] = R"(As _native.splice_cuda, on the decoder's stream and with its table.
 
-out and what features come from: CudaArrays of this decoder, or tensors on its GPU.)";
+out, features and weights: CudaArrays of this decoder; or tensors on its GPU, which have to be there until the stream has
+passed this call. The kernel is not waited for.)";
 
 // Keeps what a model points at alive while it is read.
 class ModelReader {
@@ -258,7 +259,21 @@ class BoundDecoder {
         return chosen_to(chosen);
     }
 
-    void free_cache(const py::object& cache) const { decoder_->free_cache(int_of(cache, {"cache"})); }
+    int64_t new_cache() const {
+        const py::gil_scoped_release released;
+        return decoder_->new_cache();
+    }
+
+    void free_cache(const py::object& cache) const {
+        const int64_t freed = int_of(cache, {"cache"});
+        const py::gil_scoped_release released;
+        decoder_->free_cache(freed);
+    }
+
+    void trim() const {
+        const py::gil_scoped_release released;
+        decoder_->trim();
+    }
 
     void read_cache(const py::object& cache, const py::object& to) const {
         const int64_t from = int_of(cache, {"cache"});
@@ -381,7 +396,8 @@ void bind_decoder(py::module_& module, DecoderMaker make) {
         .def("wait", &BoundDecoder::wait)
         .def("array", &BoundDecoder::array, kArrayDoc, py::arg("shape"), py::arg("dtype"))
         .def("splice", &BoundDecoder::splice, kSpliceDoc, py::arg("out"), py::arg("segments"), py::arg("allow_16bit"))
-        .def("new_cache", [](const BoundDecoder& self) { return self.decoder().new_cache(); })
+        .def("new_cache", &BoundDecoder::new_cache)
+        .def("trim", &BoundDecoder::trim)
         .def("free_cache", &BoundDecoder::free_cache, py::arg("cache"))
         .def("read_cache", &BoundDecoder::read_cache, py::arg("cache"), py::arg("to"))
         .def("write_cache", &BoundDecoder::write_cache, py::arg("cache"), py::arg("rows"))

@@ -67,11 +67,11 @@ class Event {
     cudaEvent_t handle_ = nullptr;
 };
 
-// The device that is current when it is made. Not for several threads at once.
+// The first device. Not for several threads at once.
 class Gpu {
   public:
     Gpu() {
-        require(cudaGetDevice(&device_), "no GPU can be used");
+        const Current current(*this);
         cudaDeviceProp found{};
         require(cudaGetDeviceProperties(&found, device_), "the GPU cannot be asked what it is");
         name_ = found.name;

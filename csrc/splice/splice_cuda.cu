@@ -514,24 +514,36 @@ void check(cudaError_t code, const char* call) {
     if (code != cudaSuccess) throw DeviceError(std::string(call) + ": " + cudaGetErrorString(code));
 }
 
-// Device memory in stream order: freed when the work queued before the free is done.
+// Whether the current device has memory in stream order; virtual ones may have none.
+bool has_memory_pools() {
+    int device = 0, supported = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&supported, cudaDevAttrMemoryPoolsSupported, device), "cudaDeviceGetAttribute");
+    return supported != 0;
+}
+
+// Device memory, freed when the work queued before the free is done: in stream order where there is that, and
+// otherwise with a wait.
 class StreamMemory {
   public:
-    StreamMemory(size_t bytes, cudaStream_t stream) : stream_(stream) {
-        check(cudaMallocAsync(&data_, bytes, stream), "cudaMallocAsync");
+    StreamMemory(size_t bytes, cudaStream_t stream) : stream_(stream), pooled_(has_memory_pools()) {
+        check(pooled_ ? cudaMallocAsync(&data_, bytes, stream) : cudaMalloc(&data_, bytes), "cudaMalloc");
     }
     ~StreamMemory() {
-        if (data_ != nullptr) cudaFreeAsync(data_, stream_);  // another call has failed, and its error is on the way
+        if (data_ != nullptr) release(data_);  // another call has failed, and its error is on the way
     }
     StreamMemory(const StreamMemory&) = delete;
     StreamMemory& operator=(const StreamMemory&) = delete;
 
     char* data() const { return static_cast<char*>(data_); }
-    void free() { check(cudaFreeAsync(std::exchange(data_, nullptr), stream_), "cudaFreeAsync"); }
+    void free() { check(release(std::exchange(data_, nullptr)), "cudaFree"); }
 
   private:
+    cudaError_t release(void* data) const { return pooled_ ? cudaFreeAsync(data, stream_) : cudaFree(data); }
+
     void* data_ = nullptr;
     cudaStream_t stream_;
+    bool pooled_;
 };
 
 // Pageable host memory that a stream copies from. CUDA's documentation says that cudaMemcpyAsync from such memory

@@ -14,7 +14,7 @@ from .decoder.onnx import OnnxDecoder
 from .device_cache import Verify
 from .embedding import Embedder
 from .encoders import Encoders
-from .errors import OptionError
+from .errors import OptionError, PlatformError
 
 DeviceName = Literal["cpu", "native", "cuda", "tensorrt"]
 DEVICES: tuple[DeviceName, ...] = get_args(DeviceName)
@@ -133,7 +133,11 @@ def _load_native(bundle: Bundle, *, threads: int, verify: Verify, encoders: Enco
     possible = has_provider() and (protein is None or protein.cuda is not None)
     on_gpu = encoders == "cuda" or (encoders == "auto" and possible)
     if on_gpu:
-        require_cuda()
+        try:
+            require_cuda()
+        except PlatformError as error:
+            remedy = f"{error.remedy} Or let the processor read inputs: encoders 'cpu' (--encoders cpu)."
+            raise PlatformError(error.message, seen=error.seen, remedy=remedy) from error
     decoder = NativeDecoder(bundle)
     embedder = GpuEmbedder(decoder, allow_16bit=allow_16bit)
     if on_gpu:

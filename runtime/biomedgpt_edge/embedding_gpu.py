@@ -16,7 +16,7 @@ from .splice import FeaturePart, Projection, TokenPart
 class GpuEmbedder:
     """In the memory of the GPU, by the kernel for it, on the stream of the decoder that reads the rows.
 
-    What is asked for is queued there and not waited for. Features may come from this machine or be
+    What is asked for is queued there and not waited for. Features may be arrays of this machine or
     :class:`CudaArray` objects; projections are brought there when they are first needed.
     """
 
@@ -24,12 +24,13 @@ class GpuEmbedder:
         self._decoder = decoder
         self._allow_16bit = allow_16bit
         self._projections = dict[Projection, tuple[CudaArray, CudaArray]]()
-        # Kept while the kernel may read them: memory is freed only when the GPU has nothing to do.
+        # Of the last input. To free memory is to wait for the GPU, which has nothing to do when the next prompt begins.
         self._features: CudaArray | None = None
 
     def new(self, count: int) -> CudaArray:
         """See :class:`Embedder`."""
-        return self._decoder.array((count, self._decoder.spec.hidden_size))
+        self._features = None
+        return self._rows(count)
 
     def write(self, part: TokenPart | FeaturePart, rows: CudaArray) -> None:
         """See :class:`Embedder`."""
@@ -37,14 +38,14 @@ class GpuEmbedder:
             self._decoder.splice(rows, (("tokens", 0, part.ids),), allow_16bit=self._allow_16bit)
             return
         weight, bias = self._brought(part.projection)
-        features = part.features if isinstance(part.features, CudaArray) else self._uploaded(part.features)
+        features = self._uploaded(part.features) if isinstance(part.features, np.ndarray) else part.features
         segment = ("features", 0, features, weight, bias, part.projection.layer_norm_eps)
         self._decoder.splice(rows, (segment,), allow_16bit=self._allow_16bit)
         self._features = features
 
     def copy(self, rows: CudaArray) -> CudaArray:
         """See :class:`Embedder`."""
-        own = self.new(len(rows))
+        own = self._rows(len(rows))
         own.copy_from(rows)
         return own
 
@@ -64,7 +65,10 @@ class GpuEmbedder:
 
     def from_host(self, array: Host) -> CudaArray:
         """See :class:`Embedder`."""
-        return self._uploaded(np.ascontiguousarray(array))
+        return self._uploaded(array)
+
+    def _rows(self, count: int) -> CudaArray:
+        return self._decoder.array((count, self._decoder.spec.hidden_size))
 
     def _brought(self, projection: Projection) -> tuple[CudaArray, CudaArray]:
         if projection not in self._projections:
@@ -74,5 +78,5 @@ class GpuEmbedder:
 
     def _uploaded(self, array: npt.NDArray[Any]) -> CudaArray:
         there = self._decoder.array(array.shape, array.dtype.name)
-        there.upload(array)
+        there.upload(np.ascontiguousarray(array))
         return there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .tensorrt.store import Engines
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 MOLECULE, PROTEIN = "molecule_encoder", "protein_encoder"
+_UNSYNCHRONIZED, _WAIT_EVERY = "disable_synchronize_execution_providers", 64
 
 
 class CudaEncoders(Encoders):
@@ -72,23 +74,33 @@ class NativeEncoders(CudaEncoders):
         super().__init__(bundle, threads=threads, verify=verify)
         self._decoder = decoder
 
+    def release(self) -> None:
+        """See :class:`Encoders`: what was queued is done first."""
+        self._decoder.wait()
+        super().release()
+
     def _opened(self, path: Path, signature: tuple[Signature, Signature], counted: str, output: str) -> Run:
         decoder = self._decoder
-        session = open_cuda_session(path, inputs=signature[0], outputs=signature[1], stream=decoder.stream)
-        options = ort.RunOptions()
-        # Who reads the features is in the same stream.
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        decoder.trim()
+        # ONNX Runtime waits for the device when it makes a session, and puts copies into the stream when inputs are
+        # bound: nothing for the midst of a capture.
+        with decoder.lock:
+            session = open_cuda_session(path, inputs=signature[0], outputs=signature[1], stream=decoder.stream)
         *outer, _, width = signature[1][output][1]
         if width is None:
             raise TypeError(f"{output} has no fixed width")
+        runs = itertools.count(1)
 
         def run(feeds: Feeds) -> CudaArray:
-            binding = session.io_binding()
-            for name, array in feeds.items():
-                binding.bind_cpu_input(name, array)
             features = decoder.array((feeds[counted].shape[-1], width))
-            binding.bind_output(output, *GPU, np.float32, [*outer, *features.shape], features.pointer)
+            options = ort.RunOptions()
+            # Who reads the features is in the same stream. What a run staged for its kernels is freed with a wait only.
+            options.add_run_config_entry(_UNSYNCHRONIZED, str(int(next(runs) % _WAIT_EVERY != 0)))
             with decoder.lock, running(path.name):
+                binding = session.io_binding()
+                for name, array in feeds.items():
+                    binding.bind_cpu_input(name, array)
+                binding.bind_output(output, *GPU, np.float32, [*outer, *features.shape], features.pointer)
                 session.run_with_iobinding(binding, options)
             return features
 

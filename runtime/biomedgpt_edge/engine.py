@@ -192,7 +192,7 @@ class Engine:
         if embedder is None:
             embedder = HostEmbedder(bundle.embeddings, threads=threads, allow_16bit=rounded)
         self._embedder: Embedder = embedder
-        where = "" if isinstance(embedder, HostEmbedder) else f", {type(embedder).__name__}"
+        where = "" if isinstance(embedder, HostEmbedder) else f", put together for {decoder.identity}"
         bits = f"{bundle.digest}, {self._encoders.identity}, 16 bits: {rounded}, {threads} threads{where}"
         self._soft_tokens = SoftTokenCache(CACHE_BYTES, embedder, folder=soft_token_folder, identity=bits)
         self._low_memory = low_memory
@@ -226,8 +226,8 @@ class Engine:
                 falls back to another one. On a GPU, activations and KV cache have 16 bits, and ``decoder``,
                 ``kv_cache`` and ``memory_limit`` do not apply.
             encoders: what reads molecules and proteins for the device "native": "cuda", ONNX Runtime's CUDA provider,
-                which takes the encoders' weights in the GPU's memory; "cpu", this machine's processor; "auto", the
-                first where the installed ONNX Runtime has that provider.
+                which takes the GPU's memory for the encoders' weights; "cpu", this machine's processor; "auto", the
+                first where the installed ONNX Runtime has that provider and the bundle graphs for it.
             threads: processor threads to use; left out, as many as this process may run on.
             verify: "once" hashes every file the first time and again when one was replaced, "full" always, "sizes"
                 never (manifest, sizes and headers are checked in any case).

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from rdkit import Chem, rdBase
 
@@ -53,7 +54,8 @@ class Molecule:
     notes: tuple[str, ...] = ()
     featurize_seconds: float = field(default=0.0, compare=False)
 
-    placeholder = "<moleculeHere>"
+    modality: ClassVar[Literal["molecule"]] = "molecule"
+    placeholder: ClassVar[str] = "<moleculeHere>"
 
     @classmethod
     def from_smiles(cls, smiles: str) -> Molecule:
@@ -193,7 +195,8 @@ class Protein:
     notes: tuple[str, ...] = ()
     featurize_seconds: float = field(default=0.0, compare=False)
 
-    placeholder = "<proteinHere>"
+    modality: ClassVar[Literal["protein"]] = "protein"
+    placeholder: ClassVar[str] = "<proteinHere>"
 
     def __post_init__(self) -> None:
         if not self.sequence:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, ManifestError
-from .inputs import Molecule, Protein
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    # Bundles are read with this file, also where nobody reads molecules and there is no RDKit.
+    from .inputs import Molecule, Protein
 
 Input: TypeAlias = "Molecule | Protein"
 
@@ -55,7 +58,7 @@ class PromptTemplate:
 
     def marks(self, item: Input) -> tuple[str, str]:
         """Opening and closing mark of an input."""
-        return self.molecule if isinstance(item, Molecule) else self.protein
+        return self.molecule if item.modality == "molecule" else self.protein
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def build_prompt(template: PromptTemplate, turns: Sequence[Turn], tokenizer: Tok
             ids = _first_piece(part, tokenizer) if index == 0 else tokenizer.encode(part)
             segments.append(TokenSegment(np.array(ids, dtype=np.int64)))
         else:
-            segments.append(MoleculeSegment(part) if isinstance(part, Molecule) else ProteinSegment(part))
+            segments.append(MoleculeSegment(part) if part.modality == "molecule" else ProteinSegment(part))
     text = "".join(part if isinstance(part, str) else part.placeholder for part in parts)
     return Prompt(tuple(segments), text, tuple(dict.fromkeys(notes)))
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from . import _native
 from .device_cache import ArrayFolder
 from .embedding import Embedder, Rows
+from .errors import PlatformError
 
 # At the 7B's width, a protein of 1,022 residues takes 16 MiB; the bound keeps an 8 GB box safe in a long session.
 CACHE_BYTES = 64 * 2**20
@@ -37,7 +38,7 @@ class SoftTokenCache:
         self._lock = threading.Lock()
 
     def get(self, content: str, shape: tuple[int, ...]) -> Rows | None:
-        """Soft tokens ``[n, hidden]`` of what :func:`prompt.content_of` names; read-only."""
+        """Soft tokens ``[n, hidden]`` of what :func:`prompt.content_of` names; not to be changed."""
         with self._lock:
             found = self._items.get(content)
             if found is not None:
@@ -50,8 +51,12 @@ class SoftTokenCache:
             return found
 
     def put(self, content: str, rows: Rows) -> None:
-        """Keeps a copy of ``rows``, float32 ``[n, hidden]``."""
-        tokens = self._embedder.copy(rows)
+        """Keeps a copy of ``rows``, float32 ``[n, hidden]``, where there is memory for it."""
+        try:
+            tokens = self._embedder.copy(rows)
+        except PlatformError:
+            # The prompt is complete: an answer is not to fail for what would make the next one faster.
+            return
         with self._lock:
             self._put(content, tokens)
             if self._folder is not None:

@@ -38,7 +38,16 @@ def test_a_dry_run_goes_through_every_step(dry: tuple[str, dict[str, Any]]) -> N
     assert {"choose, greedy", "step with logits", "torch: token at 128, bf16, eager"} <= names
     assert found["failed"] == {}
     assert "0 failures" in printed
-    assert "2 of 2 greedy tokens" in printed
+    for bundle in ("the demo bundle", "the tiny reference"):
+        assert f"{bundle}: 2 of 2 greedy tokens" in printed
+    first = sorted(name for name in names if name.startswith("first token"))
+    assert [name.partition(", its encoder ")[2] for name in first] == [
+        "on the processor",
+        "by onnxruntime, float16",
+        "by torch, float16",
+    ]
+    # Each names what it lacks; with it missing, the graph of the last one was written and loaded all the same.
+    assert found["skipped"]["onnxruntime"] == "dry: the graph is written and loaded, and not run"
 
 
 def test_a_dry_run_says_that_its_times_mean_nothing(dry: tuple[str, dict[str, Any]]) -> None:
@@ -46,6 +55,34 @@ def test_a_dry_run_says_that_its_times_mean_nothing(dry: tuple[str, dict[str, An
     assert found["dry"] is True
     assert "mean nothing" in printed
     assert all(figure["share"] is None for figure in found["figures"])
+
+
+def test_a_failed_check_names_its_numbers(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpu_tests").write_text("#!/bin/sh\necho a check failed\nexit 1\n")
+    (tmp_path / "gpu_tests").chmod(0o700)
+    monkeypatch.setattr(suite.time, "time_ns", lambda: 41)
+    with pytest.raises(suite.Failed, match="BIOMEDGPT_TEST_SEED=41: gpu_tests exited with 1: a check failed"):
+        suite.check_kernels(suite.Run(dry=True, work=tmp_path, rounds=1))
+
+
+def test_without_rdkit_only_the_tiny_reference_is_left_out(cpp_folder: Path, suite: Any) -> None:
+    """As on a machine that has torch and onnxruntime, and nothing of ours."""
+    blocked = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name.partition('.')[0] == 'rdkit': raise ImportError(name, name='rdkit')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        f"sys.path.insert(0, {str(Path(suite.__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "import gpu_suite\n"
+        f"run = gpu_suite.Run(dry=True, work=Path({str(cpp_folder)!r}), rounds=1)\n"
+        "gpu_suite.check_tokens(run)\n"
+        "print(run.skipped)"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+    assert "the demo bundle: 2 of 2 greedy tokens" in done.stdout, done.stderr
+    assert "{'tokens of the tiny reference': 'rdkit is not installed'}" in done.stdout
 
 
 def test_without_a_gpu_the_suite_says_so(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,10 @@ class NativeDecoder:
         """See :class:`Runner`."""
         self._native.free_cache(cache)
 
+    def trim(self) -> None:
+        """Frees what waits for the next sequence: somebody else is about to need memory."""
+        self._native.trim()
+
     def read(self, cache: int, positions: int) -> Values:
         """See :class:`Runner`."""
         values = np.empty(self.kv.stacked(positions), self.kv.dtype)
