@@ -96,13 +96,17 @@ class DecoderOn final : public CudaDecoder {
     std::shared_ptr<void> allocate(size_t bytes) override {
         const std::lock_guard<std::mutex> lock(mutex_);
         const Gpu::Current current(gpu_);
-        if (gpu_.free_memory() < bytes) spare_ = {};
-        const size_t free = gpu_.free_memory();
-        if (free < bytes) {
-            throw DeviceError("an array takes " + std::to_string(bytes) + " bytes, and " + std::to_string(free) +
-                              " are free on " + gpu_.name() + ".");
+        // Not asked for what is free before: in the time to the first token, that is a wait as well.
+        const auto made = [&] {
+            return std::shared_ptr<void>(gpu_.allocate(std::max<size_t>(bytes, 1), "an array"), &Gpu::release);
+        };
+        if (spare_.count() == 0) return made();
+        try {
+            return made();
+        } catch (const DeviceError&) {
+            spare_ = {};
         }
-        return {gpu_.allocate(std::max<size_t>(bytes, 1), "an array"), &Gpu::release};
+        return made();
     }
 
     void trim() override {

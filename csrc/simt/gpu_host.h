@@ -52,8 +52,8 @@ class Gpu {
     void* allocate(size_t bytes, const std::string& what) {
         // cudaMalloc's addresses are multiples of 256. Not a byte more than asked for: sanitizers watch the end.
         void* memory = nullptr;
-        if (posix_memalign(&memory, 256, bytes) != 0)
-            throw DeviceError(std::to_string(bytes) + " bytes for " + what + " on " + name_ + ".");
+        if (bytes > memory_ || posix_memalign(&memory, 256, bytes) != 0)
+            throw DeviceError(std::to_string(bytes) + " bytes for " + what + " on " + name_ + ": out of memory.");
         std::memset(memory, 0xff, bytes);
         return memory;
     }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "common/cuda_device.h"
@@ -25,12 +24,6 @@
 #endif
 
 namespace biomedgpt::testing {
-
-// Of random numbers: the same in every run, unless a run asks for others.
-inline unsigned seed(unsigned of_test) {
-    const char* given = std::getenv("BIOMEDGPT_TEST_SEED");
-    return of_test + (given == nullptr ? 0 : static_cast<unsigned>(std::strtoul(given, nullptr, 10)));
-}
 
 inline namespace BIOMEDGPT_SIMT {
 

@@ -1,6 +1,7 @@
 // A test runner of one screen: TEST registers a case, CHECK reports a failure and goes on.
 #pragma once
 
+#include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
@@ -11,6 +12,12 @@ struct Case {
     std::string name;
     std::function<void()> run;
 };
+
+// Of random numbers: the same in every run, unless a run asks for others.
+inline unsigned seed(unsigned of_test) {
+    const char* given = std::getenv("BIOMEDGPT_TEST_SEED");
+    return of_test + (given == nullptr ? 0 : static_cast<unsigned>(std::strtoul(given, nullptr, 10)));
+}
 
 std::vector<Case>& cases();
 void fail(const char* file, int line, const std::string& what);

@@ -269,7 +269,7 @@ class Prompt {
         return segment;
     }
 
-    Random random_{7};
+    Random random_{biomedgpt::testing::seed(7)};
     int64_t hidden_;
     DType out_type_;
     int64_t offset_;

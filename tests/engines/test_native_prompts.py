@@ -134,9 +134,9 @@ def test_no_such_array(decoder: NativeDecoder, shape: Any, dtype: Any, message: 
 
 
 def test_an_array_beyond_the_memory_is_refused_with_sizes(decoder: NativeDecoder) -> None:
-    with pytest.raises(PlatformError, match=r"an array takes 4611686009837453316 bytes, and \d+ are free on"):
+    with pytest.raises(PlatformError, match=r"4611686009837453316 bytes for an array on .*: out of memory"):
         decoder.array((2**30 - 1, 2**30 - 1))
-    with pytest.raises(PlatformError, match=r"an array takes 1099511627776 bytes"):
+    with pytest.raises(PlatformError, match=r"1099511627776 bytes for an array"):
         decoder.array((2**20, 2**18))
 
 
