@@ -15,8 +15,8 @@ using namespace biomedgpt::testing;
 
 namespace {
 
-// The reference rounds to halves where the kernels do. What is left are numbers that float32 brings to the other side of
-// a rounding: of 300 random models, none was further off than 1.4e-3.
+// The reference rounds to halves where the kernels do. What is left are numbers that float32 brings to the other side
+// of a rounding: of 300 random models, none was further off than 1.4e-3.
 constexpr double kHalves = 2e-3;
 // And weights of a softmax, which are halves where a prompt's values are multiplied: of 640 random models, two were
 // beyond 2e-3, the furthest at 2.5e-3; half of them are below 6e-4.
@@ -142,6 +142,38 @@ TEST(decoder_refuses_a_gpu_that_is_too_small_before_anything_runs) {
     CHECK(message.find("and 1000 are free") != std::string::npos);
 }
 #endif
+
+GPU_TEST(decoder_reads_a_prompt_that_was_put_together_on_the_gpu) {
+    const RandomModel model(ModelSizes{}, seed(4));
+    const auto decoder = make_decoder(model.view(), 100);
+    const auto tokens = random_tokens(18, model.sizes().vocabulary);
+    const int64_t hidden = model.sizes().hidden, count = static_cast<int64_t>(tokens.size());
+    const size_t bytes = static_cast<size_t>(count * hidden) * sizeof(float);
+    const auto spliced = decoder->allocate(bytes), rows = decoder->allocate(bytes);
+    SpliceArgs args;
+    args.out = spliced.get();
+    args.rows = count;
+    args.hidden = hidden;
+    args.segments = {TokenSegment{0, tokens.data(), DType::i64, 10}, TokenSegment{10, &tokens[10], DType::i64, 8}};
+    decoder->splice(args, false);
+    decoder->copy_within(rows.get(), spliced.get(), bytes);
+    std::vector<float> found(static_cast<size_t>(model.logits()), NAN), brought(static_cast<size_t>(count * hidden));
+    DecoderCall call;
+    const int64_t cache = decoder->new_cache();
+    for (int64_t i = 0; i < count; ++i) call.rows.push_back({cache, i, -1});
+    call.embeddings = static_cast<const float*>(rows.get());
+    call.wanted = {count - 1};
+    call.logits = found.data();
+    decoder->run(call);
+    decoder->copy(brought.data(), rows.get(), bytes);
+    CHECK(std::equal(brought.end() - hidden, brought.end(), model.embedding(tokens.back()).begin()));
+    // A cache that was freed comes again, unless its memory was given up meanwhile.
+    for (const bool trimmed : {false, true}) {
+        decoder->free_cache(decoder->new_cache());
+        if (trimmed) decoder->trim();
+        CHECK(run_prompt(*decoder, model, decoder->new_cache(), 0, tokens) == found);
+    }
+}
 
 GPU_TEST(decoder_appends_a_prompt_in_chunks) {
     const RandomModel model(ModelSizes{});

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .decoder.base import Rows
 from .splice import EmbeddingTable, FeaturePart, TokenPart, splice
 
 Host = npt.NDArray[np.float32]
-# float32 [positions, hidden], of the kind that an embedder makes; slices of rows are views.
-Rows = Any
 
 
 class Embedder(Protocol):
-    """Makes rows, and fills them."""
+    """Makes rows, float32 ``[positions, hidden]``, slices of which are views, and fills them."""
 
     def new(self, count: int) -> Rows:
         """Rows for so many positions, whatever they hold.
@@ -51,6 +50,10 @@ class Embedder(Protocol):
 
     def from_host(self, array: Host) -> Rows:
         """The inverse of :meth:`to_host`."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what it needs; it makes nothing from then on, and rows that are there stay."""
         ...
 
 
@@ -94,3 +97,6 @@ class HostEmbedder:
     def from_host(self, array: Host) -> Host:
         """See :class:`Embedder`."""
         return array
+
+    def close(self) -> None:
+        """See :class:`Embedder`: the table is the bundle's."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ._native import CudaArray
 from .decoder.cuda import NativeDecoder
 from .embedding import Host
+from .errors import ClosedError
 from .splice import FeaturePart, Projection, TokenPart
 
 
@@ -21,7 +22,7 @@ class GpuEmbedder:
     """
 
     def __init__(self, decoder: NativeDecoder, *, allow_16bit: bool) -> None:
-        self._decoder = decoder
+        self._open_decoder: NativeDecoder | None = decoder
         self._allow_16bit = allow_16bit
         self._projections = dict[Projection, tuple[CudaArray, CudaArray]]()
         # Of the last input. To free memory is to wait for the GPU, which has nothing to do when the next prompt begins.
@@ -66,6 +67,18 @@ class GpuEmbedder:
     def from_host(self, array: Host) -> CudaArray:
         """See :class:`Embedder`."""
         return self._uploaded(array)
+
+    def close(self) -> None:
+        """See :class:`Embedder`."""
+        self._projections.clear()
+        self._features = None
+        self._open_decoder = None
+
+    @property
+    def _decoder(self) -> NativeDecoder:
+        if self._open_decoder is None:
+            raise ClosedError("the engine is closed.", remedy="Load the bundle again.")
+        return self._open_decoder
 
     def _rows(self, count: int) -> CudaArray:
         return self._decoder.array((count, self._decoder.spec.hidden_size))

@@ -78,6 +78,10 @@ class Encoders:
         with self._lock:
             self._molecule = self._protein = None
 
+    def close(self) -> None:
+        """Frees both for good."""
+        self.release()
+
     def _encode_molecule(self, molecule: Molecule) -> Features:
         graph = dense(molecule.graph)
         feeds: dict[str, npt.NDArray[Any]] = {

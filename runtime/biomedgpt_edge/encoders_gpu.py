@@ -18,7 +18,7 @@ from .decoder.cuda import NativeDecoder
 from .decoder.onnx_cuda import cuda_graph
 from .device_cache import Verify
 from .encoders import Encoders, Features, Run, by_token, molecule_signature, protein_signature
-from .errors import PromptTooLongError
+from .errors import ClosedError, PromptTooLongError
 from .manifest import Manifest
 from .ort_cuda import GPU, PROVIDER, open_cuda_session
 from .ort_session import Signature, running
@@ -72,15 +72,23 @@ class NativeEncoders(CudaEncoders):
 
     def __init__(self, bundle: Bundle, decoder: NativeDecoder, *, threads: int, verify: Verify) -> None:
         super().__init__(bundle, threads=threads, verify=verify)
-        self._decoder = decoder
+        self._decoder: NativeDecoder | None = decoder
 
     def release(self) -> None:
         """See :class:`Encoders`: what was queued is done first."""
-        self._decoder.wait()
+        if self._decoder is not None:
+            self._decoder.wait()
         super().release()
+
+    def close(self) -> None:
+        """See :class:`Encoders`."""
+        super().close()
+        self._decoder = None
 
     def _opened(self, path: Path, signature: tuple[Signature, Signature], counted: str, output: str) -> Run:
         decoder = self._decoder
+        if decoder is None:
+            raise ClosedError("the engine is closed.", remedy="Load the bundle again.")
         decoder.trim()
         # ONNX Runtime waits for the device when it makes a session, and puts copies into the stream when inputs are
         # bound: nothing for the midst of a capture.

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle
-from .decoder.base import Decoder, Logits
+from .decoder.base import Decoder, Logits, Rows
 from .decoder.graph import Wanted, choose
 from .decoder.kv_cache import KvElement, kv_layout
 from .device_cache import PREFIXES, SOFT_TOKENS, ArrayFolder, CacheCounts, Verify, verify_once
 from .devices import DeviceName, EncodersWanted, load_cpu, load_gpu, require_options
-from .embedding import Embedder, HostEmbedder, Rows
+from .embedding import Embedder, HostEmbedder
 from .encoders import Encoders
 from .errors import ClosedError, InputError, OptionError, PromptTooLongError
 from .generate import AnswerText, Finish, Generation, Opening, Timings, generate, prefill
@@ -348,9 +348,12 @@ class Engine:
 
     def close(self) -> None:
         """Frees the models once the streams that are still open have ended; those can be finished."""
+        if self._prefixes is None:
+            return
         self._prefixes = None
-        self._encoders.release()
+        self._encoders.close()
         self._soft_tokens.clear()
+        self._embedder.close()
         for conversation in list(self._conversations):
             conversation.release(final=True)
 

@@ -8,8 +8,9 @@ import threading
 from collections import OrderedDict
 
 from . import _native
+from .decoder.base import Rows
 from .device_cache import ArrayFolder
-from .embedding import Embedder, Rows
+from .embedding import Embedder
 from .errors import PlatformError
 
 # At the 7B's width, a protein of 1,022 residues takes 16 MiB; the bound keeps an 8 GB box safe in a long session.
