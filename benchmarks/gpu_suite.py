@@ -48,7 +48,22 @@ DEPTHS, PROMPTS, ROWS = (0, 128, 512, 1536), (MOLECULE_POSITIONS, 128, 512), (1,
 # Rows of a prompt in a call.
 CHUNK = 256
 # Steps by name; the device and the build are not to be left out.
-STEPS = ("checks", "tokens", "kernels", "decoder", "first token", "splice", "torch", "torch int4", "onnxruntime")
+STEPS = (
+    "checks",
+    "tokens",
+    "kernels",
+    "decoder",
+    "first token",
+    "splice",
+    "torch",
+    "torch int4",
+    "onnxruntime",
+    "sanitizer",
+)
+# Cases of gpu_tests that run on a GPU, by what their names hold; the others are those of the emulation.
+_ON_THE_GPU = ("_on_the_gpu", "cuda_")
+# Seconds for each tool of compute-sanitizer, under which kernels run many times slower.
+_SANITIZER_LIMIT = 100
 # A GPU is lent for minutes: what is broken in one step must not cost the others.
 _BROKEN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, ImportError)
 # Launches between two events, for what takes microseconds.
@@ -211,8 +226,9 @@ def native_decoder(run: Run) -> type[Any]:
 def check_kernels(run: Run) -> None:
     """The C++ tests with numbers that no run had before."""
     seed = str(time.time_ns() % 2**31)
+    cases = () if run.dry else _ON_THE_GPU
     try:
-        said = _output([str(run.work / "gpu_tests")], BIOMEDGPT_TEST_SEED=seed)
+        said = _output([str(run.work / "gpu_tests"), *cases], BIOMEDGPT_TEST_SEED=seed)
     except Failed as failed:
         raise Failed(f"BIOMEDGPT_TEST_SEED={seed}: {failed}") from failed
     last = said.strip().splitlines()[-1]
@@ -382,6 +398,7 @@ def time_decoder(run: Run) -> None:
 
         operations = 2 * weights / (0.5 + 2 / shape.group) * positions_of_prompt
         run.figures.append(Figure("prompt to token", positions_of_prompt, median(run, prompt), weights, operations))
+    run.device["launches overlap"] = decoder.overlaps
 
 
 def median(run: Run, work: Callable[[], None]) -> float:
@@ -727,6 +744,26 @@ def time_onnxruntime(run: Run) -> None:
         run.figures.append(Figure("onnxruntime cuda: token at 128", 1, median(run, token) / run.chain, weights))
 
 
+def check_sanitizer(run: Run) -> None:
+    """The same cases under compute-sanitizer: addresses, races in shared memory, barriers."""
+    if run.dry:
+        raise Skip("csrc/tests/sanitize.sh looks at the emulation")
+    if shutil.which("compute-sanitizer") is None:
+        raise Skip("compute-sanitizer is not on the PATH")
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(run.work / "gpu_tests")]
+        try:
+            done = subprocess.run(
+                [*command, *_ON_THE_GPU], capture_output=True, text=True, check=False, timeout=_SANITIZER_LIMIT
+            )
+        except subprocess.TimeoutExpired:
+            run.skipped[f"sanitizer, {tool}"] = f"it took more than {_SANITIZER_LIMIT} s"
+            continue
+        if done.returncode != 0:
+            run.failed[f"sanitizer, {tool}"] = f"exited with {done.returncode}: {done.stdout[-2000:]}"
+        print(f"  {tool}: {done.stdout.strip().splitlines()[-1]}")
+
+
 def _torch() -> Any:
     try:
         import torch
@@ -892,6 +929,7 @@ def _run(run: Run, without: set[str], path: Path | None) -> int:
         "torch": time_torch,
         "torch int4": time_torch_int4,
         "onnxruntime": time_onnxruntime,
+        "sanitizer": check_sanitizer,
     }
     for name, step in steps.items():
         if name in without:

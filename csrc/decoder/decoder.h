@@ -99,6 +99,8 @@ class CudaDecoder {
     virtual ~CudaDecoder() = default;
 
     virtual const std::string& device() const = 0;
+    // Whether kernels start before those ahead of them have ended; not where the driver cannot capture such launches.
+    virtual bool overlaps() const = 0;
     virtual int64_t capacity() const = 0;  // positions of a cache
     virtual size_t bytes() const = 0;      // of the GPU's memory, caches apart
     virtual size_t cache_bytes() const = 0;

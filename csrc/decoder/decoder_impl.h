@@ -76,6 +76,7 @@ class DecoderOn final : public CudaDecoder {
     }
 
     const std::string& device() const override { return gpu_.name(); }
+    bool overlaps() const override { return gpu_.overlaps(); }
     int64_t capacity() const override { return capacity_; }
     size_t bytes() const override { return bytes_; }
 

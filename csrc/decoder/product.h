@@ -376,7 +376,8 @@ struct Product {
         }
     }
 
-    // RoPE (Su et al. 2021) of queries and keys: element d of a head's first half with d of its second.
+    // RoPE (Su et al. 2021) of queries and keys: element d of a head's first half with d of its second. Which product
+    // is rounded is said here: a compiler would choose, for one row and for several otherwise, and bits would differ.
     BIOMEDGPT_DEVICE static void rotate(const Params& p, int position, const int (&rows)[kPanels],
                                         float (&sums)[kPanels]) {
         const int half = p.cache.head_size / 2, rotated = (p.heads + p.cache.kv_heads) * p.cache.head_size;
@@ -384,8 +385,8 @@ struct Product {
             const int64_t angle = int64_t{position} * half + (rows[0] & (p.cache.head_size - 1));
             if (rows[0] >= rotated) return;
             const float cos = p.rope.cos[angle], sin = p.rope.sin[angle], first = sums[0], second = sums[kPanels - 1];
-            sums[0] = first * cos - second * sin;
-            sums[kPanels - 1] = second * cos + first * sin;
+            sums[0] = fmaf(first, cos, -second * sin);
+            sums[kPanels - 1] = fmaf(second, cos, first * sin);
             return;
         }
 #pragma unroll
@@ -395,7 +396,7 @@ struct Product {
             if (rows[turn] >= rotated) continue;
             const int64_t angle = int64_t{position} * half + (element & (half - 1));
             const float cos = p.rope.cos[angle], sin = p.rope.sin[angle];
-            sums[turn] = element < half ? sums[turn] * cos - other * sin : sums[turn] * cos + other * sin;
+            sums[turn] = fmaf(sums[turn], cos, element < half ? -other * sin : other * sin);
         }
     }
 

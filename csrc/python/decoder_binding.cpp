@@ -386,6 +386,7 @@ void bind_decoder(py::module_& module, DecoderMaker make) {
              }),
              py::arg("model"), py::arg("capacity"))
         .def_property_readonly("device", [](const BoundDecoder& self) { return self.decoder().device(); })
+        .def_property_readonly("overlaps", [](const BoundDecoder& self) { return self.decoder().overlaps(); })
         .def_property_readonly("capacity", [](const BoundDecoder& self) { return self.decoder().capacity(); })
         .def_property_readonly("bytes", [](const BoundDecoder& self) { return self.decoder().bytes(); })
         .def_property_readonly("cache_bytes", [](const BoundDecoder& self) { return self.decoder().cache_bytes(); })

@@ -114,7 +114,7 @@ class Gpu {
     }
     static void release_pinned(void* memory) { cudaFreeHost(memory); }
 
-    // Either way, and within the GPU; memory of the host that is not pinned may be used again on return.
+    // Either way, and within the GPU; memory of the host has to be there until wait().
     void copy(void* to, const void* from, size_t bytes) {
         require(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "a copy");
     }
@@ -126,12 +126,15 @@ class Gpu {
     void scrap(void*, size_t) {}
     void clear(void* memory, size_t bytes) { require(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory"); }
     void record(Event& event) { event.record(stream_); }
+    // Whether kernels start before those ahead of them have ended, where they are made for that.
+    bool overlaps() const { return early_; }
     void wait() { require(cudaStreamSynchronize(stream_), "what was put into the stream"); }
 
     template <class Kernel>
     void launch(const Grid& grid, size_t shared_bytes, const typename Kernel::Params& params) {
         const auto kernel = enter<Kernel>;
-        const Entry& entry = prepare(reinterpret_cast<const void*>(kernel), shared_bytes, Kernel::kSharedFirst);
+        if (shared_bytes > shared_limit_) throw DeviceError(std::to_string(shared_bytes) + " bytes of shared memory.");
+        const Entry& entry = prepare(reinterpret_cast<const void*>(kernel), Kernel::kSharedFirst);
         cudaLaunchConfig_t config{};
         config.gridDim =
             dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
@@ -178,12 +181,11 @@ class Gpu {
   private:
     // What is known of a kernel.
     struct Entry {
-        size_t allowed = size_t{48} << 10;  // of shared memory
-        bool waits = false;                 // whether simt::wait_for_inputs() is more than nothing in it
+        bool waits = false;  // whether simt::wait_for_inputs() is more than nothing in it
         bool known = false;
     };
 
-    const Entry& prepare(const void* kernel, size_t shared_bytes, bool shared_first) {
+    const Entry& prepare(const void* kernel, bool shared_first) {
         Entry& entry = entries_[kernel];
         if (!entry.known) {
             cudaFuncAttributes found{};
@@ -195,13 +197,12 @@ class Gpu {
                                              cudaSharedmemCarveoutMaxShared),
                         "shared memory");
             }
-            entry.known = true;
-        }
-        if (shared_bytes > entry.allowed) {
+            // All there is, and not what this launch takes: the limit belongs to the function, so that another decoder,
+            // of a smaller model, would lower it for this one.
             require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared_bytes)),
-                    std::to_string(shared_bytes) + " bytes of shared memory");
-            entry.allowed = shared_bytes;
+                                         static_cast<int>(shared_limit_ - found.sharedSizeBytes)),
+                    "shared memory");
+            entry.known = true;
         }
         return entry;
     }

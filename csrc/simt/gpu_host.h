@@ -82,6 +82,7 @@ class Gpu {
     void record(Event& event) {
         put([&event] { event.moment_ = std::chrono::steady_clock::now(); });
     }
+    bool overlaps() const { return false; }
     void wait() {}
 
     // As gpu_cuda.h has it; there is one device.

@@ -19,6 +19,7 @@ namespace {
 
 constexpr size_t kStackBytes = size_t{64} << 10;
 constexpr unsigned char kPoison = 0xff;  // NaN, of halves and floats
+constexpr size_t kGuardQuads = 64;       // behind shared memory
 
 enum class State { ready, at_warp, at_block, done };
 
@@ -42,6 +43,7 @@ struct Fiber {
 struct Block {
     ucontext_t scheduler;
     std::vector<Fiber> fibers;
+    size_t shared_bytes = 0;
     std::vector<Quad> memory;
     std::vector<Shown> shown[2];  // by warp
     const std::function<void()>* kernel = nullptr;
@@ -77,7 +79,8 @@ void resume(Fiber& fiber) {
 void prepare(int threads, size_t shared_bytes, const Place& at) {
     const auto count = static_cast<size_t>(threads);
     if (block.fibers.size() < count) block.fibers.resize(count);
-    block.memory.resize(shared_bytes / sizeof(Quad) + 1);
+    block.shared_bytes = shared_bytes;
+    block.memory.resize(shared_bytes / sizeof(Quad) + kGuardQuads);
     std::memset(static_cast<void*>(block.memory.data()), kPoison, block.memory.size() * sizeof(Quad));
     for (auto& shown : block.shown) shown.resize((count + kWarpSize - 1) / kWarpSize);
     for (size_t i = 0; i < count; ++i) {
@@ -93,6 +96,22 @@ void prepare(int threads, size_t shared_bytes, const Place& at) {
         fiber.context.uc_stack.ss_size = kStackBytes;
         fiber.context.uc_link = &block.scheduler;
         makecontext(&fiber.context, enter, 0);
+    }
+}
+
+void arrive(const Copy& copy) {
+    if (copy.there) {
+        std::memcpy(copy.to, copy.from, sizeof(Quad));
+    } else {
+        std::memset(copy.to, 0, sizeof(Quad));
+    }
+}
+
+// What lies behind the memory that a kernel asked for is nobody's.
+void require_guard() {
+    const auto* memory = reinterpret_cast<const unsigned char*>(block.memory.data());
+    for (size_t i = block.shared_bytes; i < block.memory.size() * sizeof(Quad); ++i) {
+        if (memory[i] != kPoison) throw std::logic_error("a write behind the shared memory of a block");
     }
 }
 
@@ -152,6 +171,7 @@ void run_grid(const Grid& grid, int threads, size_t shared_bytes, const std::fun
     for (const int i : order) {
         prepare(threads, shared_bytes, {0, i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y});
         run_block(static_cast<size_t>(threads));
+        require_guard();
     }
 }
 
@@ -180,7 +200,20 @@ void copy_async(void* to, const void* from, bool there) {
     if (reinterpret_cast<uintptr_t>(to) % sizeof(Quad) != 0 || (there && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
         throw std::logic_error("an asynchronous copy from or to an address that is no multiple of 16");
     }
-    block.running->copies.push_back({to, from, there, block.running->groups});
+    const Copy copy = {to, from, there, block.running->groups};
+    // As soon or as late as it may: one finds who overwrites what is still read, the other who reads too early.
+    if (block.random() % 2 == 0) {
+        arrive(copy);
+    } else {
+        block.running->copies.push_back(copy);
+    }
+}
+
+void require_row(uintptr_t address) {
+    const auto begin = reinterpret_cast<uintptr_t>(block.memory.data());
+    if (address % 16 != 0 || address < begin || address + 16 > begin + block.shared_bytes) {
+        throw std::logic_error("a row of a matrix that does not lie in shared memory, or at no multiple of 16");
+    }
 }
 
 void commit_copies() {
@@ -192,12 +225,7 @@ void wait_for_copies(int but) {
     auto& copies = fiber.copies;
     const int arrived = fiber.groups - but;
     for (const Copy& copy : copies) {
-        if (copy.group >= arrived) continue;
-        if (copy.there) {
-            std::memcpy(copy.to, copy.from, sizeof(Quad));
-        } else {
-            std::memset(copy.to, 0, sizeof(Quad));
-        }
+        if (copy.group < arrived) arrive(copy);
     }
     copies.erase(std::remove_if(copies.begin(), copies.end(), [=](const Copy& copy) { return copy.group < arrived; }),
                  copies.end());

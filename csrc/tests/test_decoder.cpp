@@ -143,7 +143,7 @@ TEST(decoder_refuses_a_gpu_that_is_too_small_before_anything_runs) {
 }
 #endif
 
-GPU_TEST(decoder_reads_a_prompt_that_was_put_together_on_the_gpu) {
+GPU_TEST(decoder_reads_a_prompt_where_it_lies) {
     const RandomModel model(ModelSizes{}, seed(4));
     const auto decoder = make_decoder(model.view(), 100);
     const auto tokens = random_tokens(18, model.sizes().vocabulary);
@@ -183,7 +183,7 @@ GPU_TEST(decoder_appends_a_prompt_in_chunks) {
     const int64_t cache = decoder->new_cache();
     run_prompt(*decoder, model, cache, 0, {tokens.begin(), tokens.begin() + 70});
     CHECK(difference(run_prompt(*decoder, model, cache, 70, {tokens.begin() + 70, tokens.end()}).data(), expected) <
-          kHalves);
+          kPromptHalves);
 }
 
 GPU_TEST(decoder_runs_several_sequences_at_once) {

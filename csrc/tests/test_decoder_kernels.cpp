@@ -349,42 +349,69 @@ void run_threads(const Body& body, size_t shared = 256) {
 
 // --- the emulation ---------------------------------------------------------------------------------------------------
 
+template <class Body>
+bool is_error(const Body& body) {
+    try {
+        run_threads(body);
+    } catch (const std::logic_error&) {
+        return true;
+    }
+    return false;
+}
+
 TEST(simt_barriers_that_some_threads_never_reach_are_errors) {
-    const auto stuck = [](const auto& body) {
-        try {
-            run_threads(body);
-        } catch (const std::logic_error&) {
-            return true;
-        }
-        return false;
-    };
-    CHECK(stuck([] {
+    CHECK(is_error([] {
         if (simt::lane() != 3) simt::sync_warp();
     }));
-    CHECK(stuck([] { simt::lane() == 0 ? simt::sync_warp() : simt::sync_block(); }));
-    CHECK(!stuck([] {
+    CHECK(is_error([] { simt::lane() == 0 ? simt::sync_warp() : simt::sync_block(); }));
+    CHECK(!is_error([] {
         if (simt::warp() == 0) simt::sync_block();  // warps that have ended count as arrived
     }));
 }
 
-TEST(simt_shared_memory_and_copies_that_nobody_waited_for_hold_nan) {
+TEST(simt_a_byte_behind_shared_memory_is_an_error) {
+    for (const int byte : {255, 256, 700}) {
+        CHECK(is_error([=] {
+                  if (simt::thread() == 0) simt::shared()[byte] = 0;
+              }) == (byte > 255));
+    }
+}
+
+TEST(simt_rows_of_matrices_lie_in_shared_memory_at_multiples_of_sixteen) {
+    for (const int byte : {0, 112, 240, 8, 256, -16}) {
+        CHECK(is_error([=] {
+                  uint32_t pairs[4];
+                  simt::load_transposed(pairs, simt::shared() + byte);
+              }) == (byte % 16 != 0 || byte < 0 || byte > 240));
+    }
+}
+
+TEST(simt_shared_memory_holds_nan_and_copies_arrive_at_once_or_when_they_are_waited_for) {
     alignas(16) static const float source[4] = {1, 2, 3, 4};
-    static std::array<float, 3> seen;
-    run_threads([] {
-        auto* memory = reinterpret_cast<float*>(simt::shared());
-        if (simt::thread() != 0) return;
-        seen[0] = memory[0];
-        simt::copy_async(memory, source);
-        simt::commit_copies();
-        simt::copy_async(memory + 4, source);
-        simt::commit_copies();
-        simt::wait_copies<1>();
-        seen[1] = memory[1];
-        seen[2] = memory[5];
-        simt::wait_copies<0>();
-        if (memory[5] != 2) seen[1] = -1;
-    });
-    CHECK(std::isnan(seen[0]) && seen[1] == 2 && std::isnan(seen[2]));
+    static std::array<int, 2> early, late;
+    static bool poisoned, waited;
+    early = late = {};
+    poisoned = waited = true;
+    for (int i = 0; i < 100; ++i) {
+        run_threads([] {
+            auto* memory = reinterpret_cast<float*>(simt::shared());
+            if (simt::thread() != 0) return;
+            poisoned = poisoned && std::isnan(memory[0]) && std::isnan(memory[7]);
+            const auto look = [&](size_t moment) { ++(std::isnan(memory[5]) ? late : early)[moment]; };
+            simt::copy_async(memory, source);
+            simt::commit_copies();
+            simt::copy_async(memory + 4, source);
+            simt::commit_copies();
+            look(0);
+            simt::wait_copies<1>();
+            look(1);
+            waited = waited && memory[1] == 2;
+            simt::wait_copies<0>();
+            waited = waited && memory[5] == 2;
+        });
+    }
+    CHECK(poisoned && waited);
+    for (const size_t moment : {0, 1}) CHECK(early[moment] > 50 && late[moment] > 50);
 }
 
 #endif

@@ -33,6 +33,13 @@ def test_version_is_the_one_in_pyproject() -> None:
     assert f'\nversion = "{_native.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.parametrize(("names", "cases"), [(["decoder_takes_every"], 1), (["no_such_case"], 0)])
+def test_a_runner_runs_the_cases_that_are_named(cpp_folder: Path, names: list[str], cases: int) -> None:
+    run = subprocess.run([cpp_folder / "gpu_tests", *names], capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1] == f"{cases} cases, 0 failures"
+    assert run.returncode == (0 if cases else 1), "what is misspelt is no success"
+
+
 @pytest.mark.parametrize("runner", ["kernel_tests", "gpu_tests"])
 def test_cpp_runners_pass(runner: str, cpp_folder: Path) -> None:
     done = subprocess.run([str(cpp_folder / runner)], capture_output=True, text=True, check=False)
