@@ -25,12 +25,12 @@ class GpuEmbedder:
         self._open_decoder: NativeDecoder | None = decoder
         self._allow_16bit = allow_16bit
         self._projections = dict[Projection, tuple[CudaArray, CudaArray]]()
-        # Of the last input. To free memory is to wait for the GPU, which has nothing to do when the next prompt begins.
-        self._features: CudaArray | None = None
+        # Of the last prompt. To free memory is to wait for the GPU, which has nothing to do when the next one begins.
+        self._features = list[Any]()
 
     def new(self, count: int) -> CudaArray:
         """See :class:`Embedder`."""
-        self._features = None
+        self._features.clear()
         return self._rows(count)
 
     def write(self, part: TokenPart | FeaturePart, rows: CudaArray) -> None:
@@ -42,7 +42,7 @@ class GpuEmbedder:
         features = self._uploaded(part.features) if isinstance(part.features, np.ndarray) else part.features
         segment = ("features", 0, features, weight, bias, part.projection.layer_norm_eps)
         self._decoder.splice(rows, (segment,), allow_16bit=self._allow_16bit)
-        self._features = features
+        self._features.append(features)
 
     def copy(self, rows: CudaArray) -> CudaArray:
         """See :class:`Embedder`."""
@@ -71,7 +71,7 @@ class GpuEmbedder:
     def close(self) -> None:
         """See :class:`Embedder`."""
         self._projections.clear()
-        self._features = None
+        self._features.clear()
         self._open_decoder = None
 
     @property
