@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from biomedgpt_edge import Engine, Molecule, Protein, _native, encoders_gpu, ort_cuda
+from biomedgpt_edge.bench.limits import Limits
+from biomedgpt_edge.bench.suite import Plan, Suite
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main as edge
 from biomedgpt_edge.decoder.cuda import NativeDecoder
@@ -35,6 +37,7 @@ from emulated_engine import counted
 from engine_answers import BENZENE, IBUPROFEN, PROTEIN, SIZE
 
 Array = np.ndarray[Any, Any]
+PROBED = Limits(2**31, {"one stream": 3e10}, {"int8 portable": 1e12, "fp32 portable": 1e11})
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
@@ -273,6 +276,17 @@ def test_a_prompt_is_shown_as_an_array_of_this_machine(demo: Engine, processor: 
     np.testing.assert_array_equal(found.embeddings, expected.embeddings)
     np.testing.assert_array_equal(demo.chat().prepare(SIZE, BENZENE).embeddings, expected.embeddings)
     assert int(demo.first_logits(found).argmax()) == int(processor.first_logits(expected).argmax())
+
+
+def test_stages_of_a_prompt_are_waited_for_when_they_are_timed(kernels: None) -> None:
+    waits = list[str]()
+    wait = GpuEmbedder.wait
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GpuEmbedder, "wait", lambda self: (waits.append("waited"), wait(self))[1])
+        plan = Plan(DEMO_BUNDLE, 1, 1, ("encode", "splice"), device="native", encoders="cpu")
+        result = Suite(plan, lambda line: None, probing=lambda threads, size: PROBED).run()
+    assert (result["method"]["device"], result["method"]["encoders"]) == ("native", "cpu")
+    assert waits
 
 
 def test_soft_tokens_stay_on_the_gpu(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from biomedgpt_edge.bench.work import (
 from biomedgpt_edge.bundle import Bundle
 from biomedgpt_edge.cli.main import main
 from biomedgpt_edge.decoder.kv_cache import KvLayout
+from biomedgpt_edge.devices import DEVICES, ENCODERS
 from biomedgpt_edge.engine import DEMO_BUNDLE, Engine
 from biomedgpt_edge.errors import OptionError, PlatformError
 
@@ -122,6 +123,11 @@ def test_rounds_are_dropped_by_the_rule_alone(round_: Round, reason: str | None)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole result
+
+
+def test_the_schema_knows_every_device() -> None:
+    method = SCHEMA["properties"]["method"]["properties"]
+    assert (method["device"]["enum"], method["encoders"]["enum"]) == (list(DEVICES), list(ENCODERS))
 
 
 def test_a_result_keeps_to_its_schema(result: dict[str, Any]) -> None:

@@ -155,6 +155,7 @@ class Suite:
         return {
             "threads": self._threads,
             "device": self._plan.device,
+            "encoders": self._plan.encoders,
             "rounds": self._plan.rounds,
             "warm_up_rounds": 1,
             "stages": list(self._plan.groups),
