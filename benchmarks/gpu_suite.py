@@ -64,6 +64,8 @@ STEPS = (
 _ON_THE_GPU = ("_on_the_gpu", "cuda_")
 # Seconds for each tool of compute-sanitizer, under which kernels run many times slower.
 _SANITIZER_LIMIT = 100
+# Of the whole run: what sanitizers may use is what other steps leave of eight minutes.
+_SUITE_SECONDS, _LEAST_SECONDS = 460, 10
 # A GPU is lent for minutes: what is broken in one step must not cost the others.
 _BROKEN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, ImportError)
 # Launches between two events, for what takes microseconds.
@@ -118,12 +120,14 @@ class Run:
     """What a run found out.
 
     Attributes:
+        began: seconds of a clock that only goes forward.
         rates: bytes per second of a copy; operations per second of a product of bf16 matrices, where torch is there.
     """
 
     dry: bool
     work: Path
     rounds: int
+    began: float = field(default_factory=time.monotonic)
     device: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
@@ -751,13 +755,16 @@ def check_sanitizer(run: Run) -> None:
     if shutil.which("compute-sanitizer") is None:
         raise Skip("compute-sanitizer is not on the PATH")
     for tool in ("memcheck", "racecheck", "synccheck"):
+        left = _SUITE_SECONDS - (time.monotonic() - run.began)
+        if left < _LEAST_SECONDS:
+            run.skipped[f"sanitizer, {tool}"] = "the other steps left no time for it"
+            continue
+        limit = min(_SANITIZER_LIMIT, left)
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(run.work / "gpu_tests")]
         try:
-            done = subprocess.run(
-                [*command, *_ON_THE_GPU], capture_output=True, text=True, check=False, timeout=_SANITIZER_LIMIT
-            )
+            done = subprocess.run([*command, *_ON_THE_GPU], capture_output=True, text=True, check=False, timeout=limit)
         except subprocess.TimeoutExpired:
-            run.skipped[f"sanitizer, {tool}"] = f"it took more than {_SANITIZER_LIMIT} s"
+            run.skipped[f"sanitizer, {tool}"] = f"it took more than {limit:.0f} s"
             continue
         if done.returncode != 0:
             run.failed[f"sanitizer, {tool}"] = f"exited with {done.returncode}: {done.stdout[-2000:]}"
@@ -949,12 +956,18 @@ def _run(run: Run, without: set[str], path: Path | None) -> int:
             run.failed[name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
-    add_shares(run)
+        # A run that is cut off loses the step it was in, and no figure.
+        _save(run, path)
+    _save(run, path)
     print_table(run)
+    return 1 if run.failed else 0
+
+
+def _save(run: Run, path: Path | None) -> None:
+    add_shares(run)
     device = str(run.device.get("name", "none")).lower().replace(" ", "-")
     if path is not None or not run.dry:
         write_json(run, path or ROOT / "benchmarks" / "results" / f"gpu-{device}.json")
-    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

@@ -45,20 +45,14 @@ def require_options(device: str, encoders: str, **only_on_cpu: object) -> None:
     Raises:
         OptionError: with the option.
     """
-    if device not in DEVICES:
-        raise OptionError(
-            f"device is {str(device)[:40]!r}.",
-            seen=str(device)[:40],
-            limit=", ".join(DEVICES),
-            remedy=f"Give one of {', '.join(DEVICES)}.",
-        )
-    if encoders not in ENCODERS:
-        raise OptionError(
-            f"encoders is {str(encoders)[:40]!r}.",
-            seen=str(encoders)[:40],
-            limit=", ".join(ENCODERS),
-            remedy=f"Give one of {', '.join(ENCODERS)}.",
-        )
+    for name, value, known in (("device", device, DEVICES), ("encoders", encoders, ENCODERS)):
+        if value not in known:
+            raise OptionError(
+                f"{name} is {str(value)[:40]!r}.",
+                seen=str(value)[:40],
+                limit=", ".join(known),
+                remedy=f"Give one of {', '.join(known)}.",
+            )
     if encoders != "auto" and device != "native":
         raise OptionError(
             f"encoders is {encoders!r}, and device is {device!r}, whose encoders run where its decoder does.",

@@ -123,6 +123,29 @@ def test_the_sanitizer_looks_at_cases_on_the_gpu_and_has_its_time(
     assert "1 hazard" in run.failed["sanitizer, racecheck"]
     assert run.skipped == {"sanitizer, synccheck": "it took more than 1 s"}
     assert calls.read_text().splitlines()[0].endswith("/gpu_tests _on_the_gpu cuda_")
+    late = suite.Run(dry=False, work=tmp_path, rounds=1, began=suite.time.monotonic() - suite._SUITE_SECONDS)
+    suite.check_sanitizer(late)
+    assert set(late.skipped.values()) == {"the other steps left no time for it"}
+    assert len(late.skipped) == 3
+
+
+def test_what_was_measured_before_a_run_is_cut_off_is_kept(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(run: Any) -> None:
+        run.figures.append(suite.Figure("a step", 1, 5.0))
+
+    def cut_off(run: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("find_device", "build", "check_kernels"):
+        monkeypatch.setattr(suite, name, lambda run: None)
+    monkeypatch.setattr(suite, "check_tokens", found)
+    monkeypatch.setattr(suite, "time_kernels", cut_off)
+    path = tmp_path / "found.json"
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["--dry", "--json", str(path)])
+    assert [figure["name"] for figure in json.loads(path.read_text())["figures"]] == ["a step"]
 
 
 def test_without_a_gpu_the_suite_says_so(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
