@@ -129,7 +129,7 @@ def _cuda_provider() -> Iterator[Finding]:
     except ImportError:  # onnxruntime is missing, which was said above
         return
     if not has_provider():
-        remedy = f"For --device cuda: {INSTALL}"
+        remedy = f"For --device cuda, and for the encoders of --device native: {INSTALL}"
         yield Finding("CUDA provider", "not in this onnxruntime", remedy=remedy)
         return
     version = built_with()
@@ -137,7 +137,11 @@ def _cuda_provider() -> Iterator[Finding]:
         "CUDA provider", f"in this onnxruntime, built with CUDA {version or 'of a version that it does not say'}"
     )
     for library in cuda_libraries():
-        remedy = f"For --device cuda, install what brings it: {library.package}" if library.error else ""
+        remedy = (
+            f"For --device cuda and the encoders of --device native, install what brings it: {library.package}"
+            if library.error
+            else ""
+        )
         yield Finding(library.name, "missing" if library.error else "there", remedy=remedy)
 
 
